@@ -1,0 +1,212 @@
+"""What a pass is: a frozen dataclass whose fields are its options.
+
+A pass finds places (:meth:`Pass.sites`, only reads), names the strengths worth trying there
+(:meth:`Pass.choices`) and makes one (:meth:`Pass.apply`, only writes). It knows no profile, no
+budget and no other pass; what the device can run at all it learns from ``Target``.
+
+    @dataclass(frozen=True)
+    class RoundWeights(Pass):
+        name: ClassVar[str] = "round_weights"
+        ops: ClassVar[tuple[str, ...]] = ("MatMul",)
+        digits: int = 2
+
+        def match(self, node: ir.Node, view: GraphView) -> Site:
+            if not view.is_float_weight(node.inputs[1]):
+                raise Skip("its second input is not a constant")
+            return Site.of(node)
+
+        def choices(self, site: Site, view: GraphView, target: Target) -> list[Choice]:
+            return [Choice(site, f"{self.digits} digits")]
+
+        def apply(self, choice: Choice, rewriter: Rewriter, evidence: Evidence) -> None:
+            node = rewriter.node(choice.site.key)
+            weight = rewriter.own_weight(node, 1).const_value.numpy()
+            rewriter.set_weight(node, 1, weight.round(self.digits))
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from onnxcompress.rewrite import Rewriter
+from onnxcompress.statistics import Evidence, Need
+from onnxcompress.target import Target
+from onnxcompress.view import GraphView
+
+__all__ = ["KEEP", "Choice", "Pass", "Precision", "Site", "Skip", "Skipped", "Stage", "Term"]
+
+KEEP = "keep"
+"""Name of the choice that leaves a site as it is; the planner adds it to every site."""
+
+
+class Precision:
+    """Names of the ways a node can run; profiles price each, ``Target`` says which exist."""
+
+    FLOAT: ClassVar[str] = "f32"
+    STATIC: ClassVar[str] = "u8s8"
+    DYNAMIC: ClassVar[str] = "dynamic"
+
+
+class Stage(IntEnum):
+    """The order in which families of passes run; each sees what the one before left."""
+
+    NORMALISE = 0
+    EQUALIZE = 1
+    PRUNE = 2
+    FACTORIZE = 3
+    SHARE = 4
+    QUANTIZE = 5
+
+
+class Skip(Exception):  # noqa: N818 - an answer, not an error
+    """Raised by :meth:`Pass.match` or :meth:`Pass.apply`: this site is left alone, and why."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place a pass could change.
+
+    Attributes:
+        key: name of the node (or value) it is about; unique within a pass, stable over clones.
+        nodes: names of all nodes the rewrite covers, ``key`` among them (a Conv and its Relu).
+    """
+
+    key: str
+    nodes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, node: ir.Node, *more: ir.Node) -> Site:
+        """The site of a node and the nodes that run with it."""
+        return cls(str(node.name), tuple(str(n.name) for n in (node, *more)))
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A place that was looked at and left alone."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, order=True)
+class Term:
+    """One source of distortion, shared by every choice that causes it.
+
+    The price of a plan is the sum over its terms, each counted once: two convolutions that read
+    the same quantized value cause its rounding error once.
+
+    Attributes:
+        kind: what is done ("activation", "weight", "dynamic", ...), the pass's own word.
+        subject: name of the value it is done to.
+    """
+
+    kind: str
+    subject: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One strength of a rewrite at one site.
+
+    Attributes:
+        site: where.
+        name: short, for reports and recipes; unique within the site.
+        precision: how the covered nodes run afterwards (a :class:`Precision`).
+        reads: values it wants as integers; the planner pays for quantizing them where the
+            producer leaves them float.
+        writes: values it leaves as integers; the planner pays for each float consumer.
+        bytes_saved: weight bytes it takes off the file.
+        terms: the distortions it causes, for passes that can :meth:`Pass.simulate` them.
+        effects: rewrites of the covered nodes change the graph's cost in a way ``precision`` does
+            not tell (fewer channels, lower rank): the pipeline prices the choice by making it on
+            a clone.
+    """
+
+    site: Site
+    name: str
+    precision: str = Precision.FLOAT
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    bytes_saved: int = 0
+    terms: tuple[Term, ...] = ()
+    effects: bool = field(default=True)
+
+
+class Pass(ABC):
+    """Base of every pass; subclasses are frozen dataclasses.
+
+    Class attributes:
+        name: what the command line calls it; a verb.
+        stage: when it runs.
+        ops: operator types :meth:`match` is asked about.
+        lossless: it must not change any output beyond float rounding; the pipeline checks.
+        summary: first line of the class docstring, shown by ``passes list``.
+    """
+
+    name: ClassVar[str]
+    stage: ClassVar[Stage] = Stage.SHARE
+    ops: ClassVar[tuple[str, ...]] = ()
+    lossless: ClassVar[bool] = False
+
+    def match(self, node: ir.Node, view: GraphView) -> Site:
+        """The site at a node of one of ``ops``.
+
+        Raises:
+            Skip: nothing to do here, with the reason the report prints.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has neither match() nor sites()")
+
+    def sites(self, view: GraphView) -> Iterable[Site | Skipped]:
+        """Every place worth a look; by default :meth:`match` on each node of ``ops``."""
+        for node in view.nodes(*self.ops):
+            try:
+                yield self.match(node, view)
+            except Skip as skip:
+                yield Skipped(str(node.name), skip.reason)
+
+    def needs(self, site: Site, view: GraphView) -> Iterable[Need]:
+        """Statistics :meth:`choices` and :meth:`apply` want for this site; none by default."""
+        return ()
+
+    @abstractmethod
+    def choices(self, site: Site, view: GraphView, target: Target) -> Iterable[Choice]:
+        """Strengths worth trying, weak to strong. "Keep as it is" is always there and not listed.
+
+        Raises:
+            Skip: the target cannot run any.
+        """
+
+    @abstractmethod
+    def apply(self, choice: Choice, rewriter: Rewriter, evidence: Evidence) -> None:
+        """Makes the choice.
+
+        Raises:
+            Skip: on a second look it cannot be made; nothing may have been edited by then.
+        """
+
+    def simulate(self, term: Term, rewriter: Rewriter, evidence: Evidence, switch: ir.Value) -> bool:
+        """Adds the distortion of ``term`` to a model, multiplied by the scalar ``switch``.
+
+        With it the pipeline measures every term in one session: all switches 0 is the original,
+        one switch 1 is that distortion alone. Returns False where the pass cannot (the default);
+        its choices are then measured one clone at a time.
+        """
+        return False
+
+    def finish(self, rewriter: Rewriter, evidence: Evidence) -> None:
+        """Called once after all choices of a plan are made, for what concerns them together."""
+
+    @classmethod
+    def summary(cls) -> str:
+        """First line of the docstring."""
+        return (cls.__doc__ or "").strip().splitlines()[0] if cls.__doc__ else ""

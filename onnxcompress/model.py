@@ -1,0 +1,370 @@
+"""Reading, checking, cloning and writing models. ``onnx_ir.Model`` is the one truth.
+
+Protobuf appears in this file and nowhere else. Weights kept as external data stay memory-mapped
+from load to save, so memory follows the edit and not the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import google.protobuf.message
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import (
+    InlinePass,
+    LiftConstantsToInitializersPass,
+    NameFixPass,
+    RemoveInitializersFromInputsPass,
+)
+
+from onnxcompress.errors import ModelReadError, OutputError, RewriteError, UnsupportedModelError
+
+__all__ = [
+    "EXTERNAL_DATA_THRESHOLD",
+    "all_graphs",
+    "clone",
+    "load",
+    "notes",
+    "raise_opset",
+    "save",
+    "serialize",
+    "temporary_file",
+    "weight_bytes",
+]
+
+logger = logging.getLogger(__name__)
+
+EXTERNAL_DATA_THRESHOLD = 1_900_000_000
+"""Bytes of weights above which a file must use external data: protobuf ends at 2 GiB."""
+
+_NOTES = "onnxcompress.notes"
+_SOURCE = "onnxcompress.source"
+
+
+def notes(model: ir.Model) -> tuple[str, ...]:
+    """What :func:`load` had to change to keep the model usable; part of the report."""
+    return tuple(model.meta.get(_NOTES, ()))
+
+
+def source(model: ir.Model) -> Path | None:
+    """The file the model was loaded from, if it was."""
+    path = model.meta.get(_SOURCE)
+    return Path(path) if path is not None else None
+
+
+def load(path: str | os.PathLike[str]) -> ir.Model:
+    """Reads a model and brings it to the form every other module relies on.
+
+    Local functions are inlined, weights in Constant nodes become initializers, initializers that
+    are also graph inputs stop being inputs, sparse initializers become dense, and every node and
+    value gets a unique name. Each such change is in :func:`notes`.
+
+    Args:
+        path: an ONNX file; external data is looked for beside it and stays memory-mapped.
+
+    Raises:
+        ModelReadError: no such file, not ONNX, truncated, or external data missing or too short.
+        UnsupportedModelError: the model has no graph or holds training information only.
+    """
+    path = Path(path)
+    proto = _read_proto(path)
+    if not proto.HasField("graph"):
+        raise ModelReadError("holds no graph, so it is not an ONNX model", path=path)
+    changed = _densify_sparse_initializers(proto, path)
+    _check_external_data(proto.graph, path)
+    try:
+        model = ir.from_proto(proto)
+    except Exception as error:  # onnx-ir raises many kinds for a malformed proto
+        raise ModelReadError(f"cannot be understood: {error}", path=path) from error
+    ir.external_data.set_base_dir(model.graph, str(path.parent))
+    model.meta[_SOURCE] = str(path.resolve())
+    model.meta[_NOTES] = (*changed, *canonicalize(model))
+    return model
+
+
+def canonicalize(model: ir.Model) -> list[str]:
+    """Brings an ``ir.Model`` to the form :func:`load` promises; returns what was changed."""
+    changed: list[str] = []
+    if model.functions:
+        changed.append(f"{len(model.functions)} local functions were inlined")
+        InlinePass()(model)
+    with_default = [v.name for v in model.graph.inputs if v.is_initializer()]
+    if with_default:
+        RemoveInitializersFromInputsPass()(model)
+        changed.append(
+            f"{len(with_default)} initializers were also graph inputs and can no longer be "
+            f"overridden by the caller: {', '.join(str(n) for n in with_default[:5])}"
+            + (", ..." if len(with_default) > 5 else "")
+        )
+    NameFixPass()(model)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    _name_everything(model)
+    return changed
+
+
+def all_graphs(model: ir.Model) -> Iterator[ir.Graph]:
+    """The main graph, then every subgraph of If, Loop and Scan, outermost first."""
+    yield model.graph
+    yield from model.graph.subgraphs()
+
+
+def clone(model: ir.Model) -> ir.Model:
+    """A copy with its own nodes and values; weights are shared, so it costs little memory."""
+    copy = model.clone()
+    for key in (_SOURCE, _NOTES):
+        if key in model.meta:
+            copy.meta[key] = model.meta[key]
+    return copy
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers, subgraphs included."""
+    return sum(
+        value.const_value.nbytes
+        for graph in all_graphs(model)
+        for value in graph.initializers.values()
+        if value.const_value is not None
+    )
+
+
+def serialize(model: ir.Model) -> bytes:
+    """The model as one ONNX file in memory.
+
+    Raises:
+        RewriteError: it has more than 1.9 GB of weights; use :func:`temporary_file`.
+    """
+    if weight_bytes(model) > EXTERNAL_DATA_THRESHOLD:
+        raise RewriteError("the model is too large for one protobuf message", hint="save it with external data")
+    return _to_proto(model).SerializeToString(deterministic=True)
+
+
+@contextlib.contextmanager
+def temporary_file(model: ir.Model) -> Iterator[Path]:
+    """The model as a file (with external data if large) that is deleted afterwards."""
+    with tempfile.TemporaryDirectory(prefix="onnxcompress-") as folder:
+        path = Path(folder) / "model.onnx"
+        _write(model, path, external=weight_bytes(model) > EXTERNAL_DATA_THRESHOLD)
+        yield path
+
+
+def save(
+    model: ir.Model,
+    path: str | os.PathLike[str],
+    *,
+    external_data: bool | None = None,
+    protect: Sequence[str | os.PathLike[str]] = (),
+) -> tuple[Path, ...]:
+    """Writes the model beside ``path`` and then renames, so nothing is ever half-written.
+
+    Args:
+        path: the file to make; an existing one is replaced only when all is written.
+        external_data: weights in ``<path>.data``; by default only above 1.9 GB.
+        protect: files that must not be overwritten, beside the file the model came from.
+
+    Returns:
+        The files written, the model first.
+
+    Raises:
+        OutputError: the folder cannot be written, or ``path`` is the input or its weights.
+    """
+    path = Path(path)
+    external = weight_bytes(model) > EXTERNAL_DATA_THRESHOLD if external_data is None else external_data
+    targets = [path, path.with_name(path.name + ".data")] if external else [path]
+    guarded = {Path(p).resolve() for p in protect} | _source_files(model)
+    for target in targets:
+        if target.resolve() in guarded:
+            raise OutputError(f"{target} is the input model; it is never overwritten", hint="choose another -o")
+        if target.is_dir():
+            raise OutputError(f"{target} is a folder", hint="name a file")
+    try:
+        folder = tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write in {path.parent}: {error.strerror}", hint="choose a folder that exists and is writable"
+        ) from error
+    try:
+        staged = Path(folder) / path.name
+        _write(model, staged, external=external)
+        for target in reversed(targets):  # weights first: a model never names weights that are not there
+            os.replace(staged.with_name(target.name), target)
+    except OSError as error:
+        raise OutputError(f"writing {path} failed: {error}", hint="is the disk full?") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return tuple(targets)
+
+
+def raise_opset(model: ir.Model, version: int) -> ir.Model:
+    """A copy of the model at ONNX opset ``version`` or above; the model itself if it is there already.
+
+    Uses onnx's own version converter with the weights left out, so large models convert too.
+
+    Raises:
+        RewriteError: the converter does not know how.
+    """
+    current = model.graph.opset_imports.get("", model.opset_imports.get("", 1))
+    if current >= version:
+        return model
+    stripped = clone(model)
+    proto = _to_proto(_without_weights(stripped))
+    try:
+        converted = ir.from_proto(onnx.version_converter.convert_version(proto, version))
+    except Exception as error:  # the converter reports every refusal as RuntimeError or ConvertError
+        raise RewriteError(
+            f"opset {current} cannot be raised to {version}: {error}", hint="re-export the model with a newer opset"
+        ) from error
+    _restore_weights(converted, model)
+    for key in (_SOURCE, _NOTES):
+        if key in model.meta:
+            converted.meta[key] = model.meta[key]
+    canonicalize(converted)
+    return converted
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+def _read_proto(path: Path) -> onnx.ModelProto:
+    if not path.is_file():
+        raise ModelReadError("there is no such file", path=path)
+    try:
+        proto = onnx.load(str(path), load_external_data=False)
+    except google.protobuf.message.DecodeError as error:
+        raise ModelReadError(
+            "is not an ONNX model, or is cut off", path=path, hint="download or export it again"
+        ) from error
+    except (OSError, ValueError, UnicodeDecodeError) as error:
+        raise ModelReadError(f"cannot be read: {error}", path=path) from error
+    return proto
+
+
+def _proto_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                yield from _proto_graphs(inner)
+
+
+def _densify_sparse_initializers(proto: onnx.ModelProto, path: Path) -> list[str]:
+    """onnx-ir drops sparse initializers without a word, so they are made dense before it sees them."""
+    changed = []
+    for graph in _proto_graphs(proto.graph):
+        for sparse in graph.sparse_initializer:
+            name = sparse.values.name
+            if sparse.values.data_location == onnx.TensorProto.EXTERNAL:
+                raise UnsupportedModelError("a sparse initializer with external data", path=path, tensor=name)
+            values = onnx.numpy_helper.to_array(sparse.values)
+            indices = onnx.numpy_helper.to_array(sparse.indices)
+            dense = np.zeros(tuple(sparse.dims), values.dtype)
+            if indices.ndim == 1:
+                dense.reshape(-1)[indices] = values
+            else:
+                dense[tuple(indices.T)] = values
+            graph.initializer.append(onnx.numpy_helper.from_array(dense, name))
+            changed.append(f"sparse initializer {name!r} was made dense")
+        del graph.sparse_initializer[:]
+    return changed
+
+
+def _check_external_data(graph: onnx.GraphProto, path: Path) -> None:
+    sizes: dict[str, int] = {}
+    for inner in _proto_graphs(graph):
+        for tensor in inner.initializer:
+            if tensor.data_location != onnx.TensorProto.EXTERNAL:
+                continue
+            entries = {e.key: e.value for e in tensor.external_data}
+            location = entries.get("location", "")
+            file = path.parent / location
+            if location not in sizes:
+                if not file.is_file():
+                    raise ModelReadError(
+                        f"its weights are in {location!r}, which is not there",
+                        path=path,
+                        tensor=tensor.name,
+                        hint=f"put {location!r} beside the model",
+                    )
+                sizes[location] = file.stat().st_size
+            end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
+            if end > sizes[location]:
+                raise ModelReadError(
+                    f"{location!r} has {sizes[location]} bytes but the tensor ends at {end}: it is cut off",
+                    path=path,
+                    tensor=tensor.name,
+                    hint="download or export it again",
+                )
+
+
+# --- writing -----------------------------------------------------------------------------------
+
+
+def _to_proto(model: ir.Model) -> onnx.ModelProto:
+    return ir.to_proto(model)
+
+
+def _write(model: ir.Model, path: Path, *, external: bool) -> None:
+    if external:
+        ir.save(model, path, external_data=path.name + ".data")
+    else:
+        path.write_bytes(_to_proto(model).SerializeToString(deterministic=True))
+
+
+def _source_files(model: ir.Model) -> set[Path]:
+    files = set()
+    origin = source(model)
+    if origin is not None:
+        files.add(origin)
+    for graph in all_graphs(model):
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                files.add(Path(value.const_value.path).resolve())
+    return files
+
+
+# --- opset -------------------------------------------------------------------------------------
+
+_KEEP_BYTES = 1024  # small tensors are shapes, axes, limits: the converter wants to see them
+
+
+def _without_weights(model: ir.Model) -> ir.Model:
+    for graph in all_graphs(model):
+        for value in list(graph.initializers.values()):
+            tensor = value.const_value
+            if tensor is not None and tensor.nbytes > _KEEP_BYTES and graph is model.graph:
+                value.shape, value.dtype = ir.Shape(tensor.shape), tensor.dtype
+                value.const_value = None
+                del graph.initializers[str(value.name)]
+                graph.inputs.append(value)
+    return model
+
+
+def _restore_weights(converted: ir.Model, original: ir.Model) -> None:
+    inputs = {str(v.name) for v in original.graph.inputs}
+    for value in [v for v in converted.graph.inputs if str(v.name) not in inputs]:
+        converted.graph.inputs.remove(value)
+        value.const_value = original.graph.initializers[str(value.name)].const_value
+        converted.graph.register_initializer(value)
+
+
+# --- names -------------------------------------------------------------------------------------
+
+
+def _name_everything(model: ir.Model) -> None:
+    """Node names must be unique over the whole model: sites are found again by name on a clone."""
+    seen: set[str] = set()
+    for graph in all_graphs(model):
+        for node in graph:
+            base = node.name or f"{node.op_type}_{node.outputs[0].name if node.outputs else 'node'}"
+            name, n = base, 1
+            while name in seen:
+                name, n = f"{base}_{n}", n + 1
+            seen.add(name)
+            node.name = name

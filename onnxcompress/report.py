@@ -1,0 +1,215 @@
+"""What a run did and why, as frozen records. Only the command line formats them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = [
+    "Attempt",
+    "Budget",
+    "Comparison",
+    "Latency",
+    "OutputDifference",
+    "PassReport",
+    "Report",
+    "SiteReport",
+    "Totals",
+]
+
+SCHEMA = 1
+"""Version of the JSON form."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much accuracy may be given up.
+
+    Attributes:
+        min_sqnr_db: every output keeps at least this signal-to-quantization-noise ratio, in dB.
+        max_drop: the user's metric may fall by this much, relative to the metric of the input model
+            (0.01 = one per cent); needs a metric.
+    """
+
+    min_sqnr_db: float | None = None
+    max_drop: float | None = None
+
+
+@dataclass(frozen=True)
+class OutputDifference:
+    """How far one observed value is from the original.
+
+    Attributes:
+        name: a graph output, or the last smooth value before a discrete one (NonMaxSuppression, ArgMax).
+        sqnr_db: 10 log10(signal power / error power) over all samples; inf when equal; None for
+            values that are not floating point.
+        max_abs: largest absolute difference; for discrete values too.
+        agreement: share of equal elements.
+    """
+
+    name: str
+    sqnr_db: float | None
+    max_abs: float
+    agreement: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same feeds."""
+
+    outputs: tuple[OutputDifference, ...]
+    samples: int
+
+    @property
+    def min_sqnr_db(self) -> float:
+        """The worst output; inf if all are equal or none is floating point."""
+        return min((o.sqnr_db for o in self.outputs if o.sqnr_db is not None), default=math.inf)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Interleaved timing of two models in one process.
+
+    Attributes:
+        before_ms: 10th percentile of the input model's runs.
+        after_ms: 10th percentile of the result's runs.
+        speed_up: median over rounds of the paired ratio before/after.
+        rounds: how many.
+        threads: intra-op threads.
+    """
+
+    before_ms: float
+    after_ms: float
+    speed_up: float
+    rounds: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """One lossless or hand-chosen pass as a whole.
+
+    Attributes:
+        name: of the pass.
+        options: its fields.
+        changed: how many sites it changed.
+        outcome: "applied", "nothing to do" or "dropped".
+        reason: why it was dropped, or what it did.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    changed: int
+    outcome: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One site: what was done, or why not.
+
+    Attributes:
+        pass_name: whose site.
+        key: name of its node.
+        op: operator type of that node.
+        decision: name of the choice made; "keep" if none.
+        reason: for "keep": what speaks against it.
+        gain_ms: predicted milliseconds saved on the profile, conversions included where they are
+            the site's own; negative where bytes were bought with time.
+        bytes_saved: weight bytes off the file.
+        distortion_db: noise the choice alone puts on the worst output, in dB relative to the signal
+            (negative; -40 is a hundredth of the amplitude); None where it was not measured.
+    """
+
+    pass_name: str
+    key: str
+    op: str
+    decision: str
+    reason: str
+    gain_ms: float = 0.0
+    bytes_saved: int = 0
+    distortion_db: float | None = None
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One plan that was made, built and checked.
+
+    Attributes:
+        kind: what was tried.
+        sites: how many sites it changed.
+        predicted_ms: cost of the result on the profile.
+        min_sqnr_db: worst output on held-out data, or None if it did not get that far.
+        metric: the user's metric, where there is one.
+        speed_up: measured on this machine, where it is the profile's device.
+        verdict: "accepted", or why not.
+    """
+
+    kind: str
+    sites: int
+    predicted_ms: float
+    min_sqnr_db: float | None
+    metric: float | None
+    speed_up: float | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Before and after.
+
+    Attributes:
+        file_bytes: size of the ONNX file with its external data.
+        zstd_bytes: the same compressed with zstd level 9: what goes over the wire.
+        predicted_ms: on the profile.
+        latency: measured here; None where the profile is of another device or timing was off.
+        comparison: against the input model on data not used for calibration.
+        metric_before: the user's metric, where there is one.
+        metric_after: the same for the result.
+    """
+
+    file_bytes: tuple[int, int]
+    zstd_bytes: tuple[int, int]
+    predicted_ms: tuple[float, float]
+    latency: Latency | None
+    comparison: Comparison
+    metric_before: float | None = None
+    metric_after: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything about one run of the optimizer."""
+
+    input: str
+    profile: str
+    calibration: str
+    budget: Budget
+    seed: int
+    outcome: str
+    totals: Totals
+    passes: tuple[PassReport, ...]
+    sites: tuple[SiteReport, ...]
+    attempts: tuple[Attempt, ...]
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        """Strict JSON; infinities become the strings "inf" and "-inf"."""
+        return json.dumps(_plain(dataclasses.asdict(self)), indent=2, sort_keys=True, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
