@@ -203,9 +203,6 @@ class Pass(ABC):
         """
         return False
 
-    def finish(self, rewriter: Rewriter, evidence: Evidence) -> None:
-        """Called once after all choices of a plan are made, for what concerns them together."""
-
     @classmethod
     def summary(cls) -> str:
         """First line of the docstring."""
