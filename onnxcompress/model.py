@@ -23,14 +23,18 @@ from onnx_ir.passes.common import (
     LiftConstantsToInitializersPass,
     NameFixPass,
     RemoveInitializersFromInputsPass,
+    ShapeInferencePass,
 )
 
 from onnxcompress.errors import ModelReadError, OutputError, RewriteError, UnsupportedModelError
 
 __all__ = [
     "EXTERNAL_DATA_THRESHOLD",
+    "Shape",
     "all_graphs",
+    "canonicalize",
     "clone",
+    "inferred_types",
     "load",
     "notes",
     "raise_opset",
@@ -41,6 +45,9 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+Shape = tuple[int | str | None, ...]
+"""Extents of a value: a number, the name of a symbolic dimension, or None where nothing is known."""
 
 EXTERNAL_DATA_THRESHOLD = 1_900_000_000
 """Bytes of weights above which a file must use external data: protobuf ends at 2 GiB."""
@@ -104,10 +111,42 @@ def canonicalize(model: ir.Model) -> list[str]:
             f"overridden by the caller: {', '.join(str(n) for n in with_default[:5])}"
             + (", ..." if len(with_default) > 5 else "")
         )
+    omitted = [v for graph in all_graphs(model) for n in graph for v in n.outputs if not v.name]
     NameFixPass()(model)
+    for value in omitted:  # the pass names optional outputs that were left out, which would ask for them
+        value.name = ""
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     _name_everything(model)
     return changed
+
+
+def inferred_types(model: ir.Model) -> dict[ir.Value, tuple[ir.DataType | None, Shape | None]]:
+    """Element type and shape of every value, derived from graph inputs and weights alone.
+
+    Shapes written down elsewhere in the file are not believed: the runtime checks only inputs.
+    The model is left as it is.
+    """
+    copy = clone(model)
+    for graph in all_graphs(copy):
+        for node in graph:
+            for value in node.outputs:
+                value.shape = None
+    ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(copy)
+    found: dict[ir.Value, tuple[ir.DataType | None, Shape | None]] = {}
+    for original, inferred in zip(all_graphs(model), all_graphs(copy), strict=True):
+        pairs = list(zip(original.inputs, inferred.inputs, strict=True))
+        pairs += [
+            pair
+            for old, new in zip(original, inferred, strict=True)
+            for pair in zip(old.outputs, new.outputs, strict=True)
+        ]
+        for value, twin in pairs:
+            shape = None if twin.shape is None else tuple(d if isinstance(d, int) else d.value for d in twin.shape)
+            found[value] = (twin.dtype, shape)
+        for value in original.initializers.values():
+            if value.const_value is not None:
+                found[value] = (value.const_value.dtype, tuple(value.const_value.shape.numpy()))
+    return found
 
 
 def all_graphs(model: ir.Model) -> Iterator[ir.Graph]:
@@ -143,7 +182,8 @@ def serialize(model: ir.Model) -> bytes:
     """
     if weight_bytes(model) > EXTERNAL_DATA_THRESHOLD:
         raise RewriteError("the model is too large for one protobuf message", hint="save it with external data")
-    return _to_proto(model).SerializeToString(deterministic=True)
+    data: bytes = _to_proto(model).SerializeToString(deterministic=True)
+    return data
 
 
 @contextlib.contextmanager
@@ -339,7 +379,7 @@ def _without_weights(model: ir.Model) -> ir.Model:
         for value in list(graph.initializers.values()):
             tensor = value.const_value
             if tensor is not None and tensor.nbytes > _KEEP_BYTES and graph is model.graph:
-                value.shape, value.dtype = ir.Shape(tensor.shape), tensor.dtype
+                value.shape, value.dtype = ir.Shape(tensor.shape.numpy()), tensor.dtype
                 value.const_value = None
                 del graph.initializers[str(value.name)]
                 graph.inputs.append(value)
@@ -358,13 +398,25 @@ def _restore_weights(converted: ir.Model, original: ir.Model) -> None:
 
 
 def _name_everything(model: ir.Model) -> None:
-    """Node names must be unique over the whole model: sites are found again by name on a clone."""
-    seen: set[str] = set()
+    """Names become unique over the whole model: sites are found again by name on a clone.
+
+    Branches of an If may share names with each other until one of them is inlined.
+    """
+    nodes: set[str] = set()
+    values: set[str] = set()
     for graph in all_graphs(model):
+        for value in (*graph.inputs, *graph.initializers.values(), *(v for n in graph for v in n.outputs)):
+            if value.name:
+                value.name = _unique(value.name, values)
         for node in graph:
-            base = node.name or f"{node.op_type}_{node.outputs[0].name if node.outputs else 'node'}"
-            name, n = base, 1
-            while name in seen:
-                name, n = f"{base}_{n}", n + 1
-            seen.add(name)
-            node.name = name
+            node.name = _unique(
+                node.name or f"{node.op_type}_{node.outputs[0].name if node.outputs else 'node'}", nodes
+            )
+
+
+def _unique(base: str, taken: set[str]) -> str:
+    name, n = base, 1
+    while name in taken:
+        name, n = f"{base}_{n}", n + 1
+    taken.add(name)
+    return name

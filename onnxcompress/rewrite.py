@@ -6,7 +6,7 @@ keeps no reference to the graph beside it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,9 @@ import onnx_ir as ir
 
 from onnxcompress.errors import RewriteError
 from onnxcompress.model import all_graphs
-from onnxcompress.view import REVISION, GraphView
+from onnxcompress.view import REVISION, GraphView, body_nodes
 
-__all__ = ["Edit", "Rewriter"]
+__all__ = ["Edit", "Rewriter", "can_be_output"]
 
 Attribute = int | float | str | Sequence[int] | Sequence[float] | ir.TensorProtocol
 
@@ -31,6 +31,12 @@ class Edit:
     subject: str
 
 
+def can_be_output(value: ir.Value, graph: object) -> bool:
+    """Whether a value may become an output of a graph: made by one of its nodes, and no output yet."""
+    producer = value.producer()
+    return producer is not None and producer.graph is graph and not value.is_graph_output()
+
+
 class Rewriter:
     """Edits one model in place.
 
@@ -41,9 +47,13 @@ class Rewriter:
     def __init__(self, model: ir.Model) -> None:
         self._model = model
         self._log: list[Edit] = []
-        self._nodes = {str(n.name): n for n in model.graph.all_nodes()}
-        self._names = set(self._nodes)
-        for graph in all_graphs(model):
+        self._names: set[str] = set()
+        self._index()
+
+    def _index(self) -> None:
+        self._nodes = {str(n.name): n for n in self._model.graph.all_nodes()}
+        self._names |= set(self._nodes)
+        for graph in all_graphs(self._model):
             self._names |= {str(v.name) for v in (*graph.inputs, *graph.initializers.values())}
         self._names |= {str(v.name) for n in self._nodes.values() for v in n.outputs if v.name}
 
@@ -78,6 +88,13 @@ class Rewriter:
         Raises:
             RewriteError: there is none.
         """
+        found = self.find(name)
+        if found is None:
+            raise RewriteError(f"no value is called {name!r}", hint="an earlier rewrite may have removed it")
+        return found
+
+    def find(self, name: str) -> ir.Value | None:
+        """The value of this name anywhere in the model, or None."""
         for graph in all_graphs(self._model):
             if name in graph.initializers:
                 return graph.initializers[name]
@@ -88,7 +105,7 @@ class Rewriter:
             for value in node.outputs:
                 if value.name == name:
                     return value
-        raise RewriteError(f"no value is called {name!r}", hint="an earlier rewrite may have removed it")
+        return None
 
     def fresh(self, base: str) -> str:
         """A name nobody uses, ``base`` itself if it is free."""
@@ -113,7 +130,9 @@ class Rewriter:
         name = self.fresh(name)
         tensor = ir.tensor(np.ascontiguousarray(array), name=name) if isinstance(array, np.ndarray) else array
         graph = self._graph_of(like)
-        value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value = ir.Value(
+            name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
         graph.register_initializer(value)
         self._note("add weight", name)
         return value
@@ -151,7 +170,7 @@ class Rewriter:
         attributes: Mapping[str, Attribute] | None = None,
         *,
         before: ir.Node | None = None,
-        after: ir.Node | None = None,
+        after: ir.Node | ir.Value | None = None,
         name: str | None = None,
         domain: str = "",
         outputs: int = 1,
@@ -161,12 +180,17 @@ class Rewriter:
         """A new node; exactly one of ``before`` and ``after`` says where (its graph too).
 
         Args:
+            after: a node, or a value: then right after its producer, for graph inputs and weights
+                at the start of the graph.
             dtype: element type of the first output, where known.
             shape: shape of the first output, where known.
 
         Returns:
             Its outputs.
         """
+        if isinstance(after, ir.Value):
+            producer = after.producer()
+            before, after = (self._model.graph[0], None) if producer is None else (before, producer)
         anchor = before if before is not None else after
         if anchor is None or (before is not None and after is not None) or anchor.graph is None:
             raise RewriteError(f"a new {op} needs exactly one of before= and after=")
@@ -200,21 +224,55 @@ class Rewriter:
         self._note(f"set {name}", str(node.name))
 
     def replace_uses(
-        self, old: ir.Value, new: ir.Value, *, only: Sequence[ir.Node] | None = None, outputs: bool = True
+        self,
+        old: ir.Value,
+        new: ir.Value,
+        *,
+        only: Sequence[ir.Node] | None = None,
+        keep: Sequence[ir.Node] = (),
+        outputs: bool = True,
     ) -> None:
         """Everything that reads ``old`` reads ``new``.
 
         Args:
-            only: just these consumers.
+            only: just these consumers, and no graph output.
+            keep: these consumers go on reading ``old``.
             outputs: where ``old`` is a graph output, ``new`` takes its place *and its name*, so the
                 interface of the model stays what it was.
+
+        Raises:
+            RewriteError: ``new`` would have to become an output and cannot (:func:`can_be_output`);
+                nothing was edited.
         """
+        leaves = only is None and outputs and old.is_graph_output()
+        if leaves and not can_be_output(new, old.graph):
+            raise RewriteError(f"{new.name!r} cannot take the place of the output {old.name!r}")
         for use in tuple(old.uses()):
-            if only is None or use.node in only:
+            if use.node not in keep and (only is None or use.node in only):
                 use.node.replace_input_with(use.idx, new)
-        if only is None and outputs and old.is_graph_output():
+        if leaves:
             self._take_over_output(old, new)
         self._note("replace value", f"{old.name} -> {new.name}")
+
+    def rename(self, value: ir.Value, name: str) -> None:
+        """Gives a value a wanted name, or that name with a number if it is taken."""
+        value.name = self.fresh(name)
+        self._note("rename", value.name)
+
+    def replace_node(self, node: ir.Node, *new: ir.Value) -> None:
+        """Puts ``new`` in the place of a node's outputs, names included, and removes the node."""
+        for old, value in zip(node.outputs, new, strict=False):
+            if not old.name:
+                continue
+            name = old.name
+            self.replace_uses(old, value)
+            if value.name != name:
+                old.name = self.fresh(f"{name}_before")
+                value.name = name
+                value.shape = old.shape
+                if old.dtype is not None:
+                    value.dtype = old.dtype
+        self.remove(node)
 
     def remove(self, node: ir.Node) -> None:
         """Removes a node nobody reads any more.
@@ -227,9 +285,61 @@ class Rewriter:
                 raise RewriteError(f"{node.op_type} {node.name!r} cannot go: {value.name!r} is still read")
         if node.graph is None:
             raise RewriteError(f"node {node.name!r} is in no graph")
+        for inner in body_nodes(node):  # what they capture is no longer read either
+            for index in range(len(inner.inputs)):
+                inner.replace_input_with(index, None)
+            self._nodes.pop(str(inner.name), None)
         node.graph.remove(node, safe=True)
         self._nodes.pop(str(node.name), None)
         self._note(f"remove {node.op_type}", str(node.name))
+
+    def drop_outputs(self, node: ir.Node, keep: int) -> None:
+        """Asks a node for its first ``keep`` outputs only.
+
+        Raises:
+            RewriteError: one of the others is still in use.
+        """
+        for value in node.outputs[keep:]:
+            if value.uses() or value.is_graph_output():
+                raise RewriteError(f"output {value.name!r} of node {node.name!r} is still read")
+        node.resize_outputs(keep)
+        self._note("drop outputs", str(node.name))
+
+    def inline_branch(self, node: ir.Node, branch: str) -> tuple[ir.Node, ...]:
+        """Replaces an If by the nodes of one of its branches.
+
+        Args:
+            node: the If.
+            branch: ``then_branch`` or ``else_branch``.
+
+        Returns:
+            The nodes that moved, in execution order.
+
+        Raises:
+            RewriteError: an output of the branch is not made inside it, or is asked for twice.
+        """
+        body, graph = node.attributes[branch].as_graph(), self._graph_of(node)
+        results = list(body.outputs)
+        if len(set(results)) != len(results) or any(v.graph is not body or v.producer() is None for v in results):
+            raise RewriteError(f"the {branch} of {node.name!r} hands on a value it does not make")
+        moved = tuple(body)
+        body.outputs.clear()
+        body.remove(moved)
+        for name in list(body.initializers):
+            graph.register_initializer(body.initializers.pop(name))
+        graph.insert_before(node, moved)
+        for old, new in zip(node.outputs, results, strict=True):
+            self.replace_uses(old, new)
+        self.remove(node)
+        self._nodes |= {str(n.name): n for n in (*moved, *(i for m in moved for i in body_nodes(m)))}
+        self._note(f"inline {branch}", str(node.name))
+        return moved
+
+    def run_library_pass(self, edit: Callable[[ir.Model], object], name: str) -> None:
+        """Lets a pass of another library edit the model in place; ``name`` goes into the log."""
+        edit(self._model)
+        self._index()
+        self._note("run", name)
 
     def drop_unused_weights(self) -> int:
         """Removes initializers nobody reads; returns how many."""
@@ -255,11 +365,11 @@ class Rewriter:
         for graph in all_graphs(self._model):
             for i, output in enumerate(graph.outputs):
                 if output is old:
-                    if new.is_graph_input() or new.is_initializer() or new.is_graph_output():
-                        raise RewriteError(f"{new.name!r} cannot take the place of the output {old.name!r}")
                     name = old.name
                     old.name = self.fresh(f"{name}_before")
-                    new.name, new.dtype, new.shape = name, old.dtype, old.shape
+                    new.name, new.shape = name, old.shape
+                    if old.dtype is not None:
+                        new.dtype = old.dtype
                     graph.outputs[i] = new
 
     def _note(self, action: str, subject: str) -> None:

@@ -16,8 +16,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxcompress.errors import RewriteError, StaleViewError
+from onnxcompress.model import Shape, inferred_types
 
-__all__ = ["QUANTIZED_OPS", "REVISION", "GraphView", "Use"]
+__all__ = ["QUANTIZED_OPS", "REVISION", "GraphView", "Use", "body_nodes"]
 
 REVISION = "onnxcompress.revision"
 """Key in ``model.meta`` counting edits; the Rewriter raises it, a view compares it."""
@@ -108,7 +109,7 @@ class GraphView:
                 producer = None if value is None else value.producer()
                 if producer is not None and value is not None:
                     graph.add_edge(str(producer.name), str(node.name), value=str(value.name), index=index)
-            for inner in _body_nodes(node):  # a body runs with, and inside, its If, Loop or Scan
+            for inner in body_nodes(node):  # a body runs with, and inside, its If, Loop or Scan
                 for value in inner.inputs:
                     producer = None if value is None else value.producer()
                     if value is not None and producer is not None and producer.graph is node.graph:
@@ -176,6 +177,20 @@ class GraphView:
         for node in self._model.graph:
             yield from (v for v in node.outputs if v.name)
 
+    @cached_property
+    def _types(self) -> dict[ir.Value, tuple[ir.DataType | None, Shape | None]]:
+        return inferred_types(self._model)
+
+    def shape(self, value: ir.Value | None) -> Shape | None:
+        """Shape of a value as far as graph inputs and weights determine it; None if even its rank is unknown."""
+        self._check()
+        return None if value is None else self._types.get(value, (None, None))[1]
+
+    def dtype(self, value: ir.Value | None) -> ir.DataType | None:
+        """Element type of a value; None if unknown."""
+        self._check()
+        return None if value is None else self._types.get(value, (None, None))[0]
+
     # --- what kind of model --------------------------------------------------------------------
 
     @cached_property
@@ -202,7 +217,8 @@ def _revision(model: ir.Model) -> int:
     return int(model.meta.get(REVISION, 0))
 
 
-def _body_nodes(node: ir.Node) -> Iterator[ir.Node]:
+def body_nodes(node: ir.Node) -> Iterator[ir.Node]:
+    """Every node inside the subgraphs of a node."""
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
             yield from attribute.as_graph().all_nodes()
