@@ -11,22 +11,26 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import google.protobuf.message
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
+import onnxruntime
 from onnx_ir.passes.common import (
     InlinePass,
     LiftConstantsToInitializersPass,
     NameFixPass,
     RemoveInitializersFromInputsPass,
     ShapeInferencePass,
+    ShapeInferencePass,
 )
 
-from onnxcompress.errors import ModelReadError, OutputError, RewriteError, UnsupportedModelError
+from onnxcompress.errors import ModelReadError, ModelRunError, OutputError, RewriteError, UnsupportedModelError
 
 __all__ = [
     "EXTERNAL_DATA_THRESHOLD",
@@ -34,6 +38,8 @@ __all__ = [
     "all_graphs",
     "canonicalize",
     "clone",
+    "infer_types",
+    "compute",
     "inferred_types",
     "load",
     "notes",
@@ -149,6 +155,82 @@ def inferred_types(model: ir.Model) -> dict[ir.Value, tuple[ir.DataType | None, 
     return found
 
 
+def compute(
+    model: ir.Model, values: Sequence[ir.Value], given: Mapping[str | None, npt.NDArray[Any]]
+) -> list[npt.NDArray[Any]]:
+    """Values that depend on weights and ``given`` only, computed by onnxruntime without optimizations.
+
+    Args:
+        model: says which operator sets are meant.
+        values: wanted.
+        given: values already known, by name.
+
+    Raises:
+        ModelRunError: one of them depends on a graph input, or onnxruntime cannot compute it.
+    """
+    twins: dict[ir.Value, ir.Value] = {}
+    feeds: dict[str, npt.NDArray[Any]] = {}
+    inputs: list[ir.Value] = []
+    weights: list[ir.Value] = []
+    nodes: list[ir.Node] = []
+
+    def leaf(value: ir.Value) -> ir.Value:
+        name = f"v{len(twins)}"
+        tensor = ir.tensor(given[value.name]) if value.name in given else value.const_value
+        if tensor is None or (value.name not in given and not value.is_initializer()):
+            raise ModelRunError("is not constant", tensor=value.name)
+        twin = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()))
+        if tensor.nbytes > _KEEP_BYTES and tensor.dtype.bitwidth >= 8 and tensor.dtype.numpy().isbuiltin == 1:
+            feeds[name] = np.asarray(tensor.numpy())
+            inputs.append(twin)
+        else:
+            twin.const_value = tensor
+            weights.append(twin)
+        return twin
+
+    def visit(value: ir.Value) -> None:
+        stack = [value]
+        while stack:
+            top = stack[-1]
+            producer = None if top.name in given else top.producer()
+            if top in twins:
+                stack.pop()
+            elif producer is None:
+                twins[top] = leaf(top)
+            else:
+                missing = [v for v in producer.inputs if v is not None and v not in twins]
+                if missing:
+                    stack.extend(missing)
+                    continue
+                made = [ir.Value(name=f"v{len(twins)}_{i}" if v.name else "") for i, v in enumerate(producer.outputs)]
+                node = ir.Node(
+                    producer.domain,
+                    producer.op_type,
+                    [None if v is None else twins[v] for v in producer.inputs],
+                    producer.attributes.values(),
+                    outputs=made,
+                )
+                nodes.append(node)
+                twins.update(zip(producer.outputs, made, strict=True))
+
+    for value in values:
+        visit(value)
+    outputs = [twins[v] for v in values]
+    graph = ir.Graph(
+        inputs, outputs, nodes=nodes, initializers=weights, opset_imports=model.graph.opset_imports, name="constants"
+    )
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    try:
+        data = serialize(ir.Model(graph, ir_version=model.ir_version))
+        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        return [np.asarray(a) for a in session.run([str(v.name) for v in outputs], feeds)]
+    except Exception as error:  # onnxruntime has a kind of exception for every status, under Exception only
+        raise ModelRunError(f"onnxruntime cannot compute {values[0].name!r}: {error}") from error
+
+
 def all_graphs(model: ir.Model) -> Iterator[ir.Graph]:
     """The main graph, then every subgraph of If, Loop and Scan, outermost first."""
     yield model.graph
@@ -201,12 +283,14 @@ def save(
     *,
     external_data: bool | None = None,
     protect: Sequence[str | os.PathLike[str]] = (),
+    check: Callable[[Path], None] | None = None,
 ) -> tuple[Path, ...]:
     """Writes the model beside ``path`` and then renames, so nothing is ever half-written.
 
     Args:
         path: the file to make; an existing one is replaced only when all is written.
         external_data: weights in ``<path>.data``; by default only above 1.9 GB.
+        check: called with the finished file before it gets its name; an exception drops it.
         protect: files that must not be overwritten, beside the file the model came from.
 
     Returns:
@@ -233,6 +317,8 @@ def save(
     try:
         staged = Path(folder) / path.name
         _write(model, staged, external=external)
+        if check is not None:
+            check(staged)
         for target in reversed(targets):  # weights first: a model never names weights that are not there
             os.replace(staged.with_name(target.name), target)
     except OSError as error:
@@ -240,6 +326,16 @@ def save(
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return tuple(targets)
+
+
+def infer_types(model: ir.Model) -> ir.Model:
+    """A copy in which every value has the type, and where possible the shape, that ONNX infers.
+
+    Values whose type stays unknown (behind custom operators) are left without one.
+    """
+    copy = clone(model)
+    ShapeInferencePass(check_type=False, strict_mode=False)(copy)
+    return copy
 
 
 def raise_opset(model: ir.Model, version: int) -> ir.Model:

@@ -128,7 +128,7 @@ class Rewriter:
             like: put it into the graph of this node; the main graph by default.
         """
         name = self.fresh(name)
-        tensor = ir.tensor(np.ascontiguousarray(array), name=name) if isinstance(array, np.ndarray) else array
+        tensor = ir.tensor(np.asarray(array, order="C"), name=name) if isinstance(array, np.ndarray) else array
         graph = self._graph_of(like)
         value = ir.Value(
             name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
@@ -212,6 +212,24 @@ class Rewriter:
         self._note(f"add {op}", name)
         return tuple(node.outputs)
 
+    def add_input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str | None]) -> ir.Value:
+        """A new input of the model."""
+        value = ir.Value(name=self.fresh(name), shape=ir.Shape(shape), type=ir.TensorType(dtype))
+        self._model.graph.inputs.append(value)
+        self._note("add input", str(value.name))
+        return value
+
+    def remove_input(self, value: ir.Value) -> None:
+        """Removes an input nobody reads.
+
+        Raises:
+            RewriteError: something reads it, or it is no input of the model.
+        """
+        if value.uses() or not any(value is v for v in self._model.graph.inputs):
+            raise RewriteError(f"input {value.name!r} cannot go: it is read, or is no input")
+        self._model.graph.inputs.remove(value)
+        self._note("remove input", str(value.name))
+
     def set_input(self, node: ir.Node, index: int, value: ir.Value | None) -> None:
         """Reads ``value`` at this input from now on; grows the input list if needed."""
         if index >= len(node.inputs):
@@ -293,6 +311,24 @@ class Rewriter:
         self._nodes.pop(str(node.name), None)
         self._note(f"remove {node.op_type}", str(node.name))
 
+    def remove_unused(self, *nodes: ir.Node) -> int:
+        """Removes those of the nodes that nobody reads, then what only they read, weights included."""
+        before = len(self._nodes)
+        stack = list(nodes)
+        while stack:
+            node = stack.pop()
+            if node.graph is None or any(v.uses() or v.is_graph_output() for v in node.outputs):
+                continue
+            read = [v for n in (node, *body_nodes(node)) for v in n.inputs if v is not None]
+            self.remove(node)
+            stack += [p for v in read if (p := v.producer()) is not None]
+            for value in read:
+                if value.is_initializer() and not value.uses() and not value.is_graph_output():
+                    graph = value.graph
+                    if isinstance(graph, ir.Graph) and graph.initializers.get(str(value.name)) is value:
+                        del graph.initializers[str(value.name)]
+        return before - len(self._nodes)
+
     def drop_outputs(self, node: ir.Node, keep: int) -> None:
         """Asks a node for its first ``keep`` outputs only.
 
@@ -314,26 +350,24 @@ class Rewriter:
 
         Returns:
             The nodes that moved, in execution order.
-
-        Raises:
-            RewriteError: an output of the branch is not made inside it, or is asked for twice.
         """
         body, graph = node.attributes[branch].as_graph(), self._graph_of(node)
         results = list(body.outputs)
-        if len(set(results)) != len(results) or any(v.graph is not body or v.producer() is None for v in results):
-            raise RewriteError(f"the {branch} of {node.name!r} hands on a value it does not make")
-        moved = tuple(body)
+        moved = list(body)
         body.outputs.clear()
         body.remove(moved)
         for name in list(body.initializers):
             graph.register_initializer(body.initializers.pop(name))
         graph.insert_before(node, moved)
-        for old, new in zip(node.outputs, results, strict=True):
+        self._nodes |= {str(n.name): n for n in (*moved, *(i for m in moved for i in body_nodes(m)))}
+        for i, (old, new) in enumerate(zip(node.outputs, results, strict=True)):
+            if new in results[:i] or new.producer() not in moved:  # handed on, not made here
+                (new,) = self.insert("Identity", [new], before=node, name=f"{node.name}_{i}")
+                moved += [p for p in [new.producer()] if p is not None]
             self.replace_uses(old, new)
         self.remove(node)
-        self._nodes |= {str(n.name): n for n in (*moved, *(i for m in moved for i in body_nodes(m)))}
         self._note(f"inline {branch}", str(node.name))
-        return moved
+        return tuple(moved)
 
     def run_library_pass(self, edit: Callable[[ir.Model], object], name: str) -> None:
         """Lets a pass of another library edit the model in place; ``name`` goes into the log."""

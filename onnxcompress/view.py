@@ -6,9 +6,9 @@ raises :class:`~onnxcompress.errors.StaleViewError`; make a new view instead.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import networkx as nx
 import numpy as np
@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxcompress.errors import RewriteError, StaleViewError
-from onnxcompress.model import Shape, inferred_types
+from onnxcompress.model import Shape, compute, inferred_types
 
 __all__ = ["QUANTIZED_OPS", "REVISION", "GraphView", "Use", "body_nodes"]
 
@@ -44,6 +44,8 @@ QUANTIZED_OPS = frozenset(
 )
 """Operators whose presence says that somebody has quantized this model already."""
 
+T = TypeVar("T")
+
 Use = tuple[ir.Node, int]
 """A consumer and the index of its input."""
 
@@ -59,6 +61,7 @@ class GraphView:
     def __init__(self, model: ir.Model) -> None:
         self._model = model
         self._revision = _revision(model)
+        self._derived: dict[Hashable, Any] = {}
         self._nodes = tuple(model.graph.all_nodes())
         self._by_name = {str(n.name): n for n in self._nodes}
         if len(self._by_name) != len(self._nodes):
@@ -190,6 +193,30 @@ class GraphView:
         """Element type of a value; None if unknown."""
         self._check()
         return None if value is None else self._types.get(value, (None, None))[0]
+
+    def compute(
+        self, values: Sequence[ir.Value], given: Mapping[str | None, npt.NDArray[Any]] | None = None
+    ) -> list[npt.NDArray[Any]]:
+        """Constants, computed by onnxruntime from weights and ``given`` (by name).
+
+        Raises:
+            ModelRunError: one depends on a graph input, or onnxruntime cannot compute it.
+        """
+        self._check()
+        return compute(self._model, values, given or {})
+
+    def derive(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What a pass worked out about this view, made once and kept as long as the view.
+
+        Args:
+            key: usually the pass itself.
+            make: called the first time.
+        """
+        self._check()
+        if key not in self._derived:
+            self._derived[key] = make()
+        found: T = self._derived[key]
+        return found
 
     # --- what kind of model --------------------------------------------------------------------
 
