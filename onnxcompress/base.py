@@ -27,8 +27,8 @@ budget and no other pass; what the device can run at all it learns from ``Target
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import ClassVar
 
@@ -127,6 +127,8 @@ class Choice:
         writes: values it leaves as integers; the planner pays for each float consumer.
         bytes_saved: weight bytes it takes off the file.
         terms: the distortions it causes, for passes that can :meth:`Pass.simulate` them.
+        detail: the pass's own settings for the choice (``Rank(32)``); any hashable value.
+        calibrated: it relies on ranges seen in calibration, so made-up inputs are no ground for it.
         effects: rewrites of the covered nodes change the graph's cost in a way ``precision`` does
             not tell (fewer channels, lower rank): the pipeline prices the choice by making it on
             a clone.
@@ -139,7 +141,9 @@ class Choice:
     writes: tuple[str, ...] = ()
     bytes_saved: int = 0
     terms: tuple[Term, ...] = ()
-    effects: bool = field(default=True)
+    detail: Hashable = None
+    calibrated: bool = False
+    effects: bool = True
 
 
 class Pass(ABC):
@@ -149,6 +153,7 @@ class Pass(ABC):
         name: what the command line calls it; a verb.
         stage: when it runs.
         ops: operator types :meth:`match` is asked about.
+        min_opset: version of the standard operator set its rewrites need; the pipeline raises it.
         lossless: it must not change any output beyond float rounding; the pipeline checks.
         summary: first line of the class docstring, shown by ``passes list``.
     """
@@ -156,6 +161,7 @@ class Pass(ABC):
     name: ClassVar[str]
     stage: ClassVar[Stage] = Stage.SHARE
     ops: ClassVar[tuple[str, ...]] = ()
+    min_opset: ClassVar[int] = 1
     lossless: ClassVar[bool] = False
 
     def match(self, node: ir.Node, view: GraphView) -> Site:
@@ -194,7 +200,7 @@ class Pass(ABC):
             Skip: on a second look it cannot be made; nothing may have been edited by then.
         """
 
-    def simulate(self, term: Term, rewriter: Rewriter, evidence: Evidence, switch: ir.Value) -> bool:
+    def simulate(self, term: Term, rewriter: Rewriter, evidence: Evidence, target: Target, switch: ir.Value) -> bool:
         """Adds the distortion of ``term`` to a model, multiplied by the scalar ``switch``.
 
         With it the pipeline measures every term in one session: all switches 0 is the original,

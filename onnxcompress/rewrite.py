@@ -52,10 +52,14 @@ class Rewriter:
 
     def _index(self) -> None:
         self._nodes = {str(n.name): n for n in self._model.graph.all_nodes()}
-        self._names |= set(self._nodes)
-        for graph in all_graphs(self._model):
-            self._names |= {str(v.name) for v in (*graph.inputs, *graph.initializers.values())}
-        self._names |= {str(v.name) for n in self._nodes.values() for v in n.outputs if v.name}
+        self._values = {
+            value.name: value
+            for graph in all_graphs(self._model)
+            for values in (graph.inputs, graph.initializers.values(), *(n.outputs for n in graph))
+            for value in values
+            if value.name
+        }
+        self._names |= set(self._nodes) | set(self._values)
 
     @property
     def model(self) -> ir.Model:
@@ -95,17 +99,11 @@ class Rewriter:
 
     def find(self, name: str) -> ir.Value | None:
         """The value of this name anywhere in the model, or None."""
-        for graph in all_graphs(self._model):
-            if name in graph.initializers:
-                return graph.initializers[name]
-            for value in graph.inputs:
-                if value.name == name:
-                    return value
-        for node in self._nodes.values():
-            for value in node.outputs:
-                if value.name == name:
-                    return value
-        return None
+        value = self._values.get(name)
+        if value is None or value.name != name or value.graph is None:
+            self._index()
+            value = self._values.get(name)
+        return value
 
     def fresh(self, base: str) -> str:
         """A name nobody uses, ``base`` itself if it is free."""

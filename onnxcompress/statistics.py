@@ -106,7 +106,7 @@ class Evidence:
         samples: int = 0,
         synthetic: bool = False,
     ) -> None:
-        self._histograms = dict(histograms or {})
+        self.histograms: Mapping[str, Histogram] = dict(histograms or {})
         self._channels = dict(channels or {})
         self.shapes: Mapping[str, tuple[int, ...]] = dict(shapes or {})
         self.samples = samples
@@ -115,14 +115,14 @@ class Evidence:
     def has(self, need: Need) -> bool:
         """Whether the value was observed (a value inside a Loop body is not)."""
         if need.statistic is Statistic.HISTOGRAM:
-            return need.value in self._histograms
+            return need.value in self.histograms
         return (need.value, need.axis) in self._channels
 
     def histogram(self, value: str) -> Histogram:
         """Raises PassError if the pass did not ask for it in ``needs``."""
-        if value not in self._histograms:
+        if value not in self.histograms:
             raise PassError(f"no histogram of {value!r} was collected", hint="name it in the pass's needs()")
-        return self._histograms[value]
+        return self.histograms[value]
 
     def channels(self, value: str, axis: int = 1) -> ChannelMoments:
         """Raises PassError if the pass did not ask for it in ``needs``."""

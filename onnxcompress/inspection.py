@@ -1,0 +1,84 @@
+"""Questions about finished models: what a model costs, how two models differ."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from onnxcompress import model as models
+from onnxcompress.calibrate import calibrate
+from onnxcompress.cost import CostModel, ModelCost
+from onnxcompress.data import open_data
+from onnxcompress.errors import DataError, suggest
+from onnxcompress.evaluate import Reference, Runner, measure, observed
+from onnxcompress.profile import Profile, load_profile
+from onnxcompress.report import Comparison, Latency
+from onnxcompress.sizes import FileSize, model_size
+from onnxcompress.view import GraphView
+
+__all__ = ["compare", "inspect", "verify"]
+
+ModelLike = ir.Model | str | os.PathLike[str]
+
+
+def inspect(
+    model: ModelLike,
+    *,
+    profile: str | Profile = "host-x86-vnni",
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> ModelCost:
+    """Cost of every node of a model on a device.
+
+    Args:
+        model: a file or an ``ir.Model``.
+        profile: the device.
+        shapes: concrete shapes of inputs by name; dynamic dimensions get defaults without them.
+
+    Raises:
+        DataError: ``shapes`` names an input the model does not have.
+    """
+    loaded = _load(model)
+    device = load_profile(profile) if isinstance(profile, str) else profile
+    bound = _with_shapes(loaded, shapes or {})
+    source = open_data(None, bound)
+    evidence = calibrate(bound, (), source.take(1))
+    return CostModel(device).model(GraphView(bound), evidence.shapes)
+
+
+def compare(
+    first: ModelLike, second: ModelLike, *, calibration: object = None, preprocess: str | None = None
+) -> tuple[Comparison, Latency, tuple[FileSize, FileSize]]:
+    """Outputs, interleaved latency on this machine (one thread), and sizes of two models."""
+    a, b = _load(first), _load(second)
+    source = open_data(calibration, a, preprocess=preprocess)
+    feeds = list(source.take(32))
+    comparison = Reference(a, feeds, observed(GraphView(a))).compare(Runner(b))
+    return comparison, measure(a, b, feeds[0]), (model_size(a), model_size(b))
+
+
+def verify(
+    original: ModelLike, optimized: ModelLike, calibration: object = None, *, preprocess: str | None = None
+) -> Comparison:
+    """How far an optimized model is from its original, on all feeds."""
+    a, b = _load(original), _load(optimized)
+    source = open_data(calibration, a, preprocess=preprocess)
+    return Reference(a, source, observed(GraphView(a))).compare(Runner(b))
+
+
+def _load(model: ModelLike) -> ir.Model:
+    return models.load(model) if isinstance(model, (str, os.PathLike)) else model
+
+
+def _with_shapes(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> ir.Model:
+    copy = models.clone(model)
+    inputs = {str(v.name): v for v in copy.graph.inputs}
+    for name, shape in shapes.items():
+        if name not in inputs:
+            raise DataError("the model has no such input", input=name, hint=suggest(name, inputs))
+        declared = inputs[name].shape
+        if declared is not None and len(declared) != len(shape):
+            raise DataError(f"has rank {len(declared)}, not {len(shape)}", input=name)
+        inputs[name].shape = ir.Shape(shape)
+    return copy

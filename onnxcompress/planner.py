@@ -1,0 +1,248 @@
+"""One choice per site, the least cost, the distortion within the budget.
+
+A mixed-integer program, solved by HiGHS (``scipy.optimize.milp``). Sites are not independent: a
+value that lives as integers costs a QuantizeLinear where its producer is float and a
+DequantizeLinear where a reader is float, so regions of integer nodes pay and lone ones may not.
+
+    minimise    sum_sc cost_sc x_sc + sum_v (quantize_v a_v + dequantize_v b_v) - rate * bytes
+    subject to  sum_c x_sc = 1                      one choice per site, "keep" among them
+                a_v >= reads_vs - writes_v          some reader wants integers, producer is float
+                b_v >= writes_v - reads_vs          producer leaves integers, some reader is float
+                u_t >= x_sc                         choice c causes distortion t
+                sum_t price_t u_t <= budget         each distortion counted once
+
+For fixed x all other variables take integral values at the optimum, so only x is declared integer.
+Exact prices being unknown beforehand, the pipeline checks the plan on the real thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from onnxcompress.base import Choice, Site, Term
+from onnxcompress.errors import OnnxCompressError
+
+__all__ = ["Option", "Plan", "Question", "ValueCost", "solve"]
+
+_GAP = 1e-4
+_NODES = 20_000
+_HYSTERESIS = 1e-3
+"""A rewrite must save this share of the site's cost, so that ties keep the site as it is."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """A choice with its cost: seconds the covered nodes take after it."""
+
+    choice: Choice
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Question:
+    """A site, the seconds its nodes take now, and what could be done."""
+
+    site: Site
+    seconds: float
+    options: tuple[Option, ...]
+
+
+@dataclass(frozen=True)
+class ValueCost:
+    """What a value costs where its representation changes.
+
+    Attributes:
+        quantize: seconds of a QuantizeLinear on it.
+        dequantize: seconds of a DequantizeLinear on it.
+        float_reader: someone outside all sites reads it as float (the model's output, a node no
+            pass offers a choice for).
+        readers: keys of the sites that read it.
+    """
+
+    quantize: float
+    dequantize: float
+    float_reader: bool
+    readers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The chosen choices and what they are predicted to do.
+
+    Attributes:
+        choices: by site key; sites that stay as they are have no entry.
+        seconds: predicted cost of all sites and conversions after the plan.
+        seconds_before: the same with nothing done.
+        price: summed price of the distortions caused.
+        gains: seconds saved by each chosen site alone, conversions left out.
+    """
+
+    choices: Mapping[str, Choice]
+    seconds: float
+    seconds_before: float
+    price: float
+    gains: Mapping[str, float] = field(default_factory=dict)
+
+
+class _Program:
+    """Rows and columns of a sparse program, filled one by one."""
+
+    def __init__(self) -> None:
+        self.cost: list[float] = []
+        self.integer: list[int] = []
+        self._rows: list[tuple[int, int, float]] = []
+        self._low: list[float] = []
+        self._high: list[float] = []
+
+    def variable(self, cost: float, *, integer: bool = False) -> int:
+        self.cost.append(cost)
+        self.integer.append(int(integer))
+        return len(self.cost) - 1
+
+    def constraint(self, terms: Sequence[tuple[int, float]], low: float, high: float) -> None:
+        row = len(self._low)
+        self._rows += [(row, column, value) for column, value in terms]
+        self._low.append(low)
+        self._high.append(high)
+
+    def solve(self) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        cost = np.asarray(self.cost)
+        scale = float(np.abs(cost).max(initial=0.0)) or 1.0
+        rows, columns, values = zip(*self._rows, strict=True)
+        matrix = csr_array((values, (rows, columns)), shape=(len(self._low), len(cost)))
+        result = milp(
+            cost / scale,
+            integrality=self.integer,
+            bounds=Bounds(0, 1),
+            constraints=LinearConstraint(matrix, self._low, self._high),
+            options={"mip_rel_gap": _GAP, "node_limit": _NODES},
+        )
+        if result.x is None:
+            raise OnnxCompressError(f"the planner found no plan: {result.message}", hint="this is a bug; please report")
+        return np.asarray(result.x, np.float64)
+
+
+def solve(
+    questions: Sequence[Question],
+    values: Mapping[str, ValueCost],
+    prices: Mapping[Term, float],
+    *,
+    budget: float | None,
+    seconds_per_byte: float,
+) -> Plan:
+    """The cheapest plan within the budget.
+
+    Args:
+        questions: sites with their options.
+        values: conversion costs of every value some option reads or writes as integers.
+        prices: distortion of each term: noise power over signal power at the worst output.
+        budget: most the prices may sum to; None for no limit.
+        seconds_per_byte: what a byte off the file is worth.
+
+    Returns:
+        The plan; empty if nothing pays.
+    """
+    if not any(q.options for q in questions):
+        return Plan({}, sum(q.seconds for q in questions), sum(q.seconds for q in questions), 0.0)
+    program = _Program()
+    picks: list[tuple[int, Question, Option | None]] = []
+    causes: dict[Term, list[int]] = {}
+    reads: dict[str, dict[str, list[int]]] = {}
+    writes: dict[str, list[int]] = {}
+    for question in questions:
+        keep = program.variable(question.seconds * (1 - _HYSTERESIS), integer=True)
+        columns = [keep]
+        picks.append((keep, question, None))
+        for option in question.options:
+            choice = option.choice
+            column = program.variable(option.seconds - seconds_per_byte * choice.bytes_saved, integer=True)
+            columns.append(column)
+            picks.append((column, question, option))
+            for term in choice.terms:
+                causes.setdefault(term, []).append(column)
+            for value in choice.reads:
+                reads.setdefault(value, {}).setdefault(question.site.key, []).append(column)
+            for value in choice.writes:
+                writes.setdefault(value, []).append(column)
+        program.constraint([(c, 1.0) for c in columns], 1.0, 1.0)
+    _conversions(program, values, reads, writes)
+    _distortion(program, causes, prices, budget)
+    x = program.solve()
+    chosen = [(question, option) for column, question, option in picks if option is not None and x[column] > 0.5]
+    return _plan(questions, values, prices, {q.site.key: o for q, o in chosen})
+
+
+def _conversions(
+    program: _Program,
+    values: Mapping[str, ValueCost],
+    reads: Mapping[str, Mapping[str, Sequence[int]]],
+    writes: Mapping[str, Sequence[int]],
+) -> None:
+    for name, value in values.items():
+        written = [(c, 1.0) for c in writes.get(name, ())]
+        readers = reads.get(name, {})
+        quantize = program.variable(value.quantize)
+        for columns in readers.values():  # a >= reads - writes
+            program.constraint([(quantize, 1.0), *written, *((c, -1.0) for c in columns)], 0.0, np.inf)
+        if not written:
+            continue
+        dequantize = program.variable(value.dequantize)
+        minus = [(c, -1.0) for c, _ in written]
+        if value.float_reader:  # b >= writes
+            program.constraint([(dequantize, 1.0), *minus], 0.0, np.inf)
+        for key in value.readers:  # b >= writes - reads
+            program.constraint([(dequantize, 1.0), *minus, *((c, 1.0) for c in readers.get(key, ()))], 0.0, np.inf)
+
+
+def _distortion(
+    program: _Program, causes: Mapping[Term, Sequence[int]], prices: Mapping[Term, float], budget: float | None
+) -> None:
+    if budget is None:
+        return
+    limited = []
+    for term, columns in causes.items():
+        price = prices.get(term, 0.0)
+        if price <= 0.0:
+            continue
+        used = program.variable(0.0)
+        limited.append((used, price / budget if budget > 0 else 1.0))
+        for column in columns:
+            program.constraint([(used, 1.0), (column, -1.0)], 0.0, np.inf)
+    if limited:
+        program.constraint(limited, -np.inf, 1.0 if budget > 0 else 0.0)
+
+
+def _plan(
+    questions: Sequence[Question],
+    values: Mapping[str, ValueCost],
+    prices: Mapping[Term, float],
+    chosen: Mapping[str, Option],
+) -> Plan:
+    """Prices a set of choices exactly as the program does."""
+    before = sum(q.seconds for q in questions)
+    after = sum(chosen[q.site.key].seconds if q.site.key in chosen else q.seconds for q in questions)
+    read_by: dict[str, set[str]] = {}
+    written: set[str] = set()
+    for key, option in chosen.items():
+        written |= set(option.choice.writes)
+        for value in option.choice.reads:
+            read_by.setdefault(value, set()).add(key)
+    for name, cost in values.items():
+        readers = read_by.get(name, set())
+        if name not in written and readers:
+            after += cost.quantize
+        if name in written and (cost.float_reader or set(cost.readers) - readers):
+            after += cost.dequantize
+    terms = {t for option in chosen.values() for t in option.choice.terms}
+    return Plan(
+        {key: option.choice for key, option in chosen.items()},
+        after,
+        before,
+        sum(prices.get(t, 0.0) for t in terms),
+        {q.site.key: q.seconds - chosen[q.site.key].seconds for q in questions if q.site.key in chosen},
+    )

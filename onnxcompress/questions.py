@@ -1,0 +1,192 @@
+"""From what passes offer to what the planner decides: sites priced on a profile, and reasons after."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from onnxcompress.base import KEEP, Choice, Pass, Precision, Site, Skip, Skipped, Term
+from onnxcompress.cost import CostModel, work_of
+from onnxcompress.planner import Option, Plan, Question, ValueCost
+from onnxcompress.report import SiteReport
+from onnxcompress.target import Target
+from onnxcompress.view import GraphView
+
+__all__ = ["Offer", "ask", "explain", "offers"]
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What one pass offers on one model.
+
+    Attributes:
+        choices: by site, weak to strong.
+        skipped: places looked at and left alone.
+    """
+
+    choices: Mapping[Site, tuple[Choice, ...]]
+    skipped: tuple[Skipped, ...]
+
+
+def offers(pass_: Pass, view: GraphView, target: Target, *, synthetic: bool) -> Offer:
+    """Sites and choices of a pass; without real data only choices that need none."""
+    choices: dict[Site, tuple[Choice, ...]] = {}
+    skipped: list[Skipped] = []
+    for site in pass_.sites(view):
+        if isinstance(site, Skipped):
+            skipped.append(site)
+            continue
+        try:
+            found = tuple(pass_.choices(site, view, target))
+        except Skip as skip:
+            skipped.append(Skipped(site.key, skip.reason))
+            continue
+        usable = tuple(c for c in found if not (synthetic and c.calibrated))
+        if usable:
+            choices[site] = usable
+        else:
+            why = "it needs ranges from real data, and there is no calibration data" if found else "nothing to choose"
+            skipped.append(Skipped(site.key, why))
+    return Offer(choices, tuple(skipped))
+
+
+def ask(
+    offer: Offer, view: GraphView, cost: CostModel, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[list[Question], dict[str, ValueCost], dict[str, str]]:
+    """Prices every choice in seconds.
+
+    Returns:
+        Questions for the planner; conversion costs by value; by site key, why a choice was left
+        out because the profile has no kernel for it.
+    """
+    questions: list[Question] = []
+    missing: dict[str, str] = {}
+    for site, choices in offer.choices.items():
+        now = _seconds(site, Precision.FLOAT, view, cost, shapes)
+        options: list[Option] = []
+        for choice in choices:
+            seconds = (
+                now if choice.precision == Precision.FLOAT else _seconds(site, choice.precision, view, cost, shapes)
+            )
+            if seconds is None or now is None:
+                missing[site.key] = (
+                    f"the profile has no {choice.precision} kernel for this {view.node(site.key).op_type}"
+                )
+            else:
+                options.append(Option(choice, seconds))
+        questions.append(Question(site, now or 0.0, tuple(options)))
+    return questions, _value_costs(questions, view, cost, shapes), missing
+
+
+def _seconds(
+    site: Site, precision: str, view: GraphView, cost: CostModel, shapes: Mapping[str, tuple[int, ...]]
+) -> float | None:
+    """Seconds of the site's first node; the others run inside its kernel."""
+    return cost.node(work_of(view, view.node(site.key), shapes), precision)
+
+
+def _value_costs(
+    questions: Sequence[Question], view: GraphView, cost: CostModel, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, ValueCost]:
+    site_of = {node: q.site.key for q in questions for node in q.site.nodes}
+    names = {n for q in questions for o in q.options for n in (*o.choice.reads, *o.choice.writes)}
+    costs: dict[str, ValueCost] = {}
+    for value in [*view.model.graph.inputs, *view.values()]:
+        name = str(value.name)
+        if name not in names:
+            continue
+        elements = math.prod(shapes.get(name, (1,)))
+        readers: list[str] = []
+        outside = view.is_output(value)
+        for node, _ in view.consumers(value):
+            key = site_of.get(str(node.name))
+            if key is None:
+                outside = True
+            elif key not in readers:
+                readers.append(key)
+        costs[name] = ValueCost(
+            cost.convert(elements, "quantize"), cost.convert(elements, "dequantize"), outside, tuple(readers)
+        )
+    return costs
+
+
+def explain(
+    pass_: Pass,
+    offer: Offer,
+    questions: Sequence[Question],
+    plan: Plan,
+    free_plan: Plan,
+    prices: Mapping[Term, float],
+    impossible: Mapping[Term, str],
+    missing: Mapping[str, str],
+    view: GraphView,
+    refused: Collection[Skipped],
+    verdict: str,
+) -> tuple[SiteReport, ...]:
+    """One line a site: what was done, or what speaks against it.
+
+    Args:
+        plan: the plan that was built.
+        free_plan: what would have been chosen had distortion been free.
+        verdict: why the pass as a whole was dropped; empty if it was not.
+    """
+    ops = {str(n.name): n.op_type for n in view.nodes()}
+    refusals = {s.key: s.reason for s in refused}
+    rows = [SiteReport(pass_.name, s.key, ops.get(s.key, ""), KEEP, s.reason) for s in offer.skipped]
+    for question in questions:
+        key = question.site.key
+        choice = plan.choices.get(key)
+        if choice is not None and key not in refusals and not verdict:
+            rows.append(
+                SiteReport(
+                    pass_.name,
+                    key,
+                    ops[key],
+                    choice.name,
+                    "",
+                    1e3 * plan.gains.get(key, 0.0),
+                    choice.bytes_saved,
+                    _decibels(sum(prices.get(t, 0.0) for t in choice.terms)),
+                )
+            )
+            continue
+        reason = refusals.get(key) or verdict or _why_kept(question, free_plan, prices, impossible, missing)
+        rows.append(SiteReport(pass_.name, key, ops[key], KEEP, reason))
+    return tuple(rows)
+
+
+def _why_kept(
+    question: Question,
+    free_plan: Plan,
+    prices: Mapping[Term, float],
+    impossible: Mapping[Term, str],
+    missing: Mapping[str, str],
+) -> str:
+    key = question.site.key
+    if not question.options:
+        return missing.get(key, "no choice is possible")
+    for option in question.options:
+        for term in option.choice.terms:
+            if term in impossible:
+                return impossible[term]
+    wanted = free_plan.choices.get(key)
+    if wanted is not None:
+        decibels = _decibels(sum(prices.get(t, 0.0) for t in wanted.terms))
+        noise = "its noise" if decibels is None else f"its noise ({decibels:.1f} dB at the worst output)"
+        return f"{wanted.name} would pay, but {noise} does not fit into the budget"
+    best = min(question.options, key=lambda o: o.seconds)
+    if best.seconds >= question.seconds and best.choice.precision != Precision.FLOAT:
+        return f"{best.choice.name} is predicted slower here: {_ms(best.seconds)} instead of {_ms(question.seconds)}"
+    if best.seconds >= question.seconds:
+        return "too few weights to be worth storing differently"
+    saved = _ms(question.seconds - best.seconds)
+    return f"{best.choice.name} would save {saved} but conversions to its float neighbours cost more"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms"
+
+
+def _decibels(power: float) -> float | None:
+    return 10 * math.log10(power) if power > 0 else None

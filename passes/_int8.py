@@ -1,0 +1,130 @@
+"""What the three int8 forms share: where weights sit, along which axes they have scales, gates.
+
+Symmetric weights: w ~ s q with q in [-Q, Q], Q = 2^(bits-1) - 1, one s per output channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from onnxcompress.ranges import weight_scales
+from onnxcompress.rewrite import Rewriter
+from onnxcompress.statistics import RangeMethod
+from onnxcompress.view import GraphView
+
+__all__ = ["WeightOptions", "activation_inputs", "fused_activation", "gate", "quantize_weight", "weight_indices"]
+
+_WEIGHTS: dict[str, tuple[int, ...]] = {
+    "Conv": (1,),
+    "ConvTranspose": (1,),
+    "Gemm": (1,),
+    "MatMul": (1,),
+    "LSTM": (1, 2),
+    "GRU": (1, 2),
+    "RNN": (1, 2),
+    "Gather": (0,),
+}
+_FUSED = ("Relu", "Clip")
+_BEFORE_FUSED = ("Conv", "Gemm", "Add")
+
+
+@dataclass(frozen=True)
+class WeightOptions:
+    """How weights become integers: scales per output channel or one, bits used, range search."""
+
+    per_channel: bool
+    bits: int
+    method: RangeMethod
+
+
+def weight_indices(node: ir.Node) -> tuple[int, ...]:
+    """Inputs of a node that hold weights when they are constant."""
+    return tuple(i for i in _WEIGHTS.get(node.op_type, ()) if i < len(node.inputs) and node.inputs[i] is not None)
+
+
+def activation_inputs(node: ir.Node, view: GraphView | None = None) -> tuple[ir.Value, ...]:
+    """Inputs that carry data computed at run time: all operands of Add, Mul and Concat, else the first."""
+    inputs = node.inputs if node.op_type in ("Add", "Mul", "Concat") else node.inputs[:1]
+    if node.op_type == "Gather":
+        inputs = ()
+    return tuple(v for v in inputs if v is not None and not v.is_initializer())
+
+
+def fused_activation(node: ir.Node, view: GraphView) -> ir.Node | None:
+    """The Relu or Clip that runs inside the integer kernel: rounding to u8 clips anyway."""
+    if node.op_type not in _BEFORE_FUSED or len(node.outputs) != 1 or view.is_output(node.outputs[0]):
+        return None
+    uses = view.consumers(node.outputs[0])
+    if len(uses) != 1 or uses[0][0].op_type not in _FUSED or uses[0][1] != 0 or uses[0][0].graph is not node.graph:
+        return None
+    return uses[0][0]
+
+
+def channel_axes(node: ir.Node, index: int, rank: int) -> tuple[int, ...]:
+    """Axes of the weight at ``index`` along which scales may differ without leaving the product's sum."""
+    if node.op_type == "Conv":
+        return (0,)
+    if node.op_type == "ConvTranspose":
+        return (1,)
+    if node.op_type == "MatMul":
+        return (rank - 1,) if rank >= 2 else ()
+    if node.op_type == "Gemm":
+        return (0,) if node.attributes.get_int("transB", 0) else (1,)
+    if node.op_type in ("LSTM", "GRU", "RNN"):
+        return (0, 1)
+    if node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0 and rank >= 2:
+        return (0,)
+    return ()
+
+
+def quantize_weight(
+    array: npt.NDArray[Any], axes: tuple[int, ...], options: WeightOptions, floor: npt.NDArray[Any] | None = None
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """Integers and scales of a weight.
+
+    Args:
+        array: float32 weight.
+        axes: axes that have their own scales; empty for a single scale.
+        options: bits and search.
+        floor: smallest scale allowed per channel (keeps an int32 bias from overflowing).
+
+    Returns:
+        int8 of the shape of ``array``; float32 scales, shape of ``array`` with the other axes 1.
+    """
+    axes = axes if options.per_channel else ()
+    scales = weight_scales(array, axes or None, bits=options.bits, method=options.method)
+    scales = np.asarray(scales, np.float32).reshape([n if i in axes else 1 for i, n in enumerate(array.shape)])
+    if floor is not None:
+        scales = np.maximum(scales, floor.reshape(scales.shape) if floor.size == scales.size else floor.max())
+    scales = scales.astype(np.float32)
+    top = 2 ** (options.bits - 1) - 1
+    quantized = np.empty(array.shape, np.int8)
+    step = max(1, 4_000_000 // max(1, array[:1].size)) if array.ndim else 1
+    for start in range(0, len(array), step):  # in pieces, so a big table needs no second copy of itself
+        part = slice(start, start + step)
+        scale = scales[part] if scales.shape[0] > 1 else scales
+        quantized[part] = np.clip(np.rint(array[part] / scale), -top, top).astype(np.int8)
+    return quantized, scales
+
+
+def gate(
+    rewriter: Rewriter,
+    value: ir.Value,
+    distorted: ir.Value,
+    switch: ir.Value,
+    *,
+    keep: Sequence[ir.Node],
+    only: Sequence[ir.Node] | None = None,
+) -> None:
+    """Makes readers of ``value`` see value + switch * (distorted - value)."""
+    (delta,) = rewriter.insert("Sub", [distorted, value], after=distorted)
+    (scaled,) = rewriter.insert("Mul", [delta, switch], after=delta.producer())
+    (mixed,) = rewriter.insert("Add", [value, scaled], after=scaled.producer())
+    inner = [n for n in (delta.producer(), mixed.producer()) if n is not None]
+    rewriter.replace_uses(value, mixed, only=only, keep=[*keep, *inner])

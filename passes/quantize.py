@@ -1,0 +1,190 @@
+"""Int8 by QuantizeLinear/DequantizeLinear, by dynamic quantization, or of the stored weights only.
+
+An 8-bit value stands for a real one through r = s (q - z). Three ways to use it at a node:
+
+- **static**: input, weight and output are integers with scales known beforehand:
+  y = s_x s_w sum (q_x - z_x) q_w + b, and the bias is stored as int32 in units of s_x s_w;
+- **dynamic**: the input's scale is computed at run time; only nodes whose work is a matrix product;
+- **weights**: w = s q is multiplied out once when the model is loaded; the node runs as before,
+  the file is four times smaller.
+
+Which is used where is not decided here. What onnxruntime can run as integers, and how the graph
+must look for that, was measured: scalar activation scales, u8 activations with s8 weights, per
+channel weights, and pass-through operators that keep their input's scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from onnxcompress.base import Choice, Pass, Precision, Site, Skip, Skipped, Stage, Term
+from onnxcompress.errors import PassError
+from onnxcompress.passes import _dynamic, _qdq, _weight_storage
+from onnxcompress.passes._int8 import WeightOptions, activation_inputs, fused_activation, weight_indices
+from onnxcompress.rewrite import Rewriter
+from onnxcompress.statistics import Evidence, Need, RangeMethod, Statistic
+from onnxcompress.target import Target
+from onnxcompress.view import GraphView
+
+__all__ = ["Quantize"]
+
+STATIC, DYNAMIC, WEIGHTS = "static", "dynamic", "weights"
+
+
+@dataclass(frozen=True)
+class Quantize(Pass):
+    """Int8: static QDQ, dynamic, or stored weights only, each where it pays.
+
+    Attributes:
+        modes: which of static, dynamic, weights may be used.
+        ranges: how activation ranges are read off the histograms.
+        percentile: for ``ranges=percentile``: share of values inside the range, in per cent.
+        weight_ranges: ``minmax``, or ``mse`` for a search per channel.
+        per_channel: a scale per output channel, where the target can.
+        bias_correction: add E[(W - Q(W)) x] to the bias of static nodes (Nagel et al. 2019,
+            arXiv 1906.04721).
+        min_weights: tensors with fewer elements are not worth storing as int8.
+        only: just these operator types; all by default.
+    """
+
+    name: ClassVar[str] = "quantize"
+    stage: ClassVar[Stage] = Stage.QUANTIZE
+    min_opset: ClassVar[int] = 13
+
+    modes: tuple[str, ...] = (STATIC, DYNAMIC, WEIGHTS)
+    ranges: RangeMethod = RangeMethod.MSE
+    percentile: float = 99.99
+    weight_ranges: RangeMethod = RangeMethod.MSE
+    per_channel: bool = True
+    bias_correction: bool = False
+    min_weights: int = 256
+    only: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        unknown = set(self.modes) - {STATIC, DYNAMIC, WEIGHTS}
+        if unknown or not self.modes:
+            raise ValueError(f"modes must be some of static, dynamic, weights, not {sorted(unknown) or 'none'}")
+        if not 50 < self.percentile <= 100:
+            raise ValueError("percentile must be above 50 and at most 100")
+        if self.weight_ranges not in (RangeMethod.MINMAX, RangeMethod.MSE):
+            raise ValueError("weight_ranges must be minmax or mse")
+
+    # --- finding -------------------------------------------------------------------------------
+
+    def sites(self, view: GraphView) -> Iterator[Site | Skipped]:
+        done = view.quantized_nodes
+        for node in view.nodes():
+            if self.only and node.op_type not in self.only:
+                continue
+            try:
+                if done:
+                    raise Skip(f"the model is already quantized ({done[0]!r} and {len(done) - 1} more nodes)")
+                yield self._match(node, view)
+            except Skip as skip:
+                if skip.reason:
+                    yield Skipped(str(node.name), skip.reason)
+
+    def _match(self, node: ir.Node, view: GraphView) -> Site:
+        if node.domain not in ("", "ai.onnx"):
+            raise Skip(f"operator {node.domain}.{node.op_type} is not standard ONNX")
+        constants = [view.weight(node.inputs[i]) for i in weight_indices(node)]
+        for tensor in constants:
+            if tensor is not None and tensor.dtype in _OTHER_FLOATS:
+                raise Skip(f"its weight is {tensor.dtype.name.lower()}; only float32 is quantized")
+        if not any(t is not None and t.dtype == ir.DataType.FLOAT for t in constants):
+            if node.op_type not in _qdq.STATIC_OPS:
+                raise Skip(_why_float(node))
+            if view.in_subgraph(node):
+                raise Skip("it is inside a subgraph, where activations cannot be observed")
+            problem = _qdq.obstacle(node, view)
+            if problem:
+                raise Skip(problem)
+        extra = fused_activation(node, view)
+        return Site.of(node) if extra is None else Site.of(node, extra)
+
+    def needs(self, site: Site, view: GraphView) -> Iterable[Need]:
+        node, last = view.node(site.key), view.node(site.nodes[-1])
+        if STATIC not in self.modes or view.in_subgraph(node) or _qdq.obstacle(node, view):
+            return
+        for name in _qdq.range_owners(node, last, view):
+            yield Need(name, Statistic.HISTOGRAM)
+        if self.bias_correction and node.op_type == "Conv":
+            yield Need(str(activation_inputs(node, view)[0].name), Statistic.CHANNELS, axis=1)
+
+    # --- choosing ------------------------------------------------------------------------------
+
+    def choices(self, site: Site, view: GraphView, target: Target) -> Iterator[Choice]:
+        node, last = view.node(site.key), view.node(site.nodes[-1])
+        options = self._options(target)
+        weights = [node.inputs[i] for i in weight_indices(node) if view.is_float_weight(node.inputs[i])]
+        size = sum(t.size for t in map(view.weight, weights) if t is not None)
+        noise = tuple(Term("weight", str(w.name)) for w in weights if w is not None)
+        saved = 3 * size if size >= self.min_weights else 0
+        if saved and WEIGHTS in self.modes:
+            yield Choice(site, WEIGHTS, bytes_saved=saved, terms=noise, detail=options, effects=False)
+        inputs = tuple(str(v.name) for v in activation_inputs(node, view))
+        if noise and DYNAMIC in self.modes and _dynamic.obstacle(node, view, target) is None:
+            terms = (*noise, Term("dynamic", inputs[0]))
+            yield Choice(
+                site, DYNAMIC, Precision.DYNAMIC, bytes_saved=saved, terms=terms, detail=options, effects=False
+            )
+        if STATIC in self.modes and not view.in_subgraph(node) and _qdq.obstacle(node, view) is None:
+            owners = _qdq.range_owners(node, last, view)
+            yield Choice(
+                site,
+                STATIC,
+                Precision.STATIC,
+                reads=inputs,
+                writes=tuple(str(v.name) for v in last.outputs if v.name),
+                bytes_saved=saved,
+                terms=(*noise, *(Term("activation", name) for name in owners)),
+                detail=options,
+                calibrated=True,
+                effects=False,
+            )
+
+    # --- making --------------------------------------------------------------------------------
+
+    def apply(self, choice: Choice, rewriter: Rewriter, evidence: Evidence) -> None:
+        node = rewriter.node(choice.site.key)
+        options = choice.detail
+        if not isinstance(options, WeightOptions):
+            raise PassError(f"this choice at {choice.site.key!r} was not made by quantize")
+        if choice.name == STATIC:
+            self._static(rewriter, evidence).apply(node, rewriter.node(choice.site.nodes[-1]), options)
+        elif choice.name == DYNAMIC:
+            _dynamic.apply(node, rewriter, options)
+        else:
+            _weight_storage.apply(node, rewriter, options)
+
+    def simulate(self, term: Term, rewriter: Rewriter, evidence: Evidence, target: Target, switch: ir.Value) -> bool:
+        value = rewriter.value(term.subject)
+        if term.kind == "weight":
+            _weight_storage.simulate(value, rewriter, self._options(target), switch)
+        elif term.kind == "dynamic":
+            _dynamic.simulate(value, rewriter, switch)
+        else:
+            self._static(rewriter, evidence).simulate(value, switch)
+        return True
+
+    def _static(self, rewriter: Rewriter, evidence: Evidence) -> _qdq.Static:
+        return _qdq.Static(rewriter, evidence, self.ranges, self.percentile, self.bias_correction)
+
+    def _options(self, target: Target) -> WeightOptions:
+        return WeightOptions(self.per_channel and target.per_channel, target.weight_bits, self.weight_ranges)
+
+
+_OTHER_FLOATS = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+
+
+def _why_float(node: ir.Node) -> str:
+    """A reason for the report; empty for nodes that compute nothing worth a word."""
+    if weight_indices(node):
+        return "its weight is not a constant"
+    if node.op_type in _qdq.SILENT_OPS:
+        return ""
+    return f"onnxruntime has no int8 kernel for {node.op_type}"
