@@ -1,0 +1,318 @@
+"""One streaming sweep over the feeds; what it keeps depends on the model and not on their number.
+
+**Histograms.** Bins lie on the grid of multiples of ``2**k``, so a value's bin is
+``floor(x / 2**k)``, which is exact in floating point. When the range outgrows the bins, ``k`` goes
+up by one and neighbours are merged, also exactly: bin ``i`` becomes ``i >> 1``. The result is
+therefore the histogram one would have built knowing the final range, in whatever order the samples
+came. Minimum and maximum are over all elements; counts over a strided subsample whose stride has no
+common factor with the tensor's size, so that no axis is favoured.
+
+**Moments.** Sums in float32 over blocks of at most a thousand terms, added up in float64.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from onnxcompress.data import Source
+from onnxcompress.errors import DataError, ModelRunError
+from onnxcompress.model import clone
+from onnxcompress.session import Runner, main_values
+from onnxcompress.statistics import ChannelMoments, Evidence, Histogram, Need, Statistic
+
+__all__ = ["BINS", "ChannelAccumulator", "HistogramAccumulator", "calibrate", "value_shapes"]
+
+logger = logging.getLogger(__name__)
+
+Array = npt.NDArray[Any]
+
+BINS = 4096
+"""Bins of a histogram; between half and all of them span the range seen."""
+
+_ROWS = 1024
+
+
+def calibrate(
+    model: ir.Model,
+    needs: Iterable[Need],
+    source: Source,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    max_elements: int = 65536,
+    threads: int | None = None,
+) -> Evidence:
+    """Runs every feed once and collects what was asked for.
+
+    Args:
+        model: the model; not changed.
+        needs: statistics wanted. Values that are not float32 tensors of the main graph are left out,
+            and so are values that are infinite anywhere (an attention mask) or whose channel count
+            varies: ``Evidence.has`` is False for them.
+        source: the feeds.
+        progress: called with (samples done, samples in all) after each.
+        max_elements: most elements of a value that are counted in the histogram, per sample.
+        threads: for onnxruntime; all there are by default.
+
+    Raises:
+        DataError: a value is NaN for some feed; names node and sample.
+        ModelRunError: onnxruntime cannot load or run the model.
+    """
+    wanted = list(dict.fromkeys(needs))
+    inputs = {str(v.name) for v in model.graph.inputs}
+    inside = main_values(model)
+    names = [n for n in dict.fromkeys(need.value for need in wanted) if n in inside]
+    runner = Runner(model, outputs=names, threads=threads)
+    names = [n for n in names if runner.types[n] == "tensor(float)"]
+    observed = {*names, *(need.value for need in wanted if need.value in inputs)}
+    histograms = {
+        n.value: HistogramAccumulator(max_elements)
+        for n in wanted
+        if n.statistic is Statistic.HISTOGRAM and n.value in observed
+    }
+    channels = {
+        (n.value, n.axis): ChannelAccumulator(n.axis)
+        for n in wanted
+        if n.statistic is Statistic.CHANNELS and n.value in observed
+    }
+    total = len(source)
+    for sample, feed in enumerate(source):
+        found = runner.run(feed, names)
+        found |= {n: feed[n] for n in observed & inputs if feed[n].dtype == np.float32}
+        for name, histogram in histograms.items():
+            if name in found:
+                histogram.add(found[name])
+                if histogram.nan:
+                    raise _nan(model, name, sample)
+        for (name, _), moments in channels.items():
+            if name in found:
+                moments.add(found[name])
+                if moments.nan:
+                    raise _nan(model, name, sample)
+        found.clear()
+        if progress is not None:
+            progress(sample + 1, total)
+    del runner
+    return Evidence(
+        histograms={n: h for n, a in histograms.items() if (h := a.result()) is not None},
+        channels={k: m for k, a in channels.items() if (m := a.result()) is not None},
+        shapes=value_shapes(model, source.first(), threads=threads),
+        samples=total,
+        synthetic=source.synthetic,
+    )
+
+
+def _nan(model: ir.Model, name: str, sample: int) -> DataError:
+    value = main_values(model).get(name)
+    node = value.producer() if value is not None else None
+    where = f"node {node.name!r} ({node.op_type}) makes" if node is not None else "there is"
+    return DataError(
+        f"{where} NaN in {name!r}", sample=sample, hint="does this sample make sense to the model? remove it"
+    )
+
+
+# --- histograms --------------------------------------------------------------------------------
+
+
+class HistogramAccumulator:
+    """Builds one histogram from any number of float32 arrays.
+
+    Args:
+        max_elements: most elements counted per array; the extremes are always over all.
+        bins: how many.
+    """
+
+    def __init__(self, max_elements: int = 65536, bins: int = BINS) -> None:
+        self._max, self._bins = max_elements, bins
+        self._low, self._high = math.inf, -math.inf
+        self._exponent = 0
+        self._first = 0
+        """Grid index of bin 0; meaningful once something was counted."""
+        self._counts: npt.NDArray[np.int64] | None = None
+        self.nan = False
+        self.infinite = False
+
+    def add(self, array: Array) -> None:
+        """Counts the elements of a float32 array."""
+        if array.size == 0 or self.nan or self.infinite:
+            return
+        flat = array.reshape(-1)
+        low, high = float(flat.min()), float(flat.max())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            self.nan = math.isnan(low) or math.isnan(high)
+            self.infinite = not self.nan
+            return
+        self._low, self._high = min(self._low, low), max(self._high, high)
+        counts = self._fit()
+        scaled = flat[:: _stride(flat.size, self._max)] * np.float32(2.0**-self._exponent)
+        np.floor(scaled, out=scaled)
+        index = scaled.astype(np.intp)
+        index -= self._first
+        counts += np.bincount(index, minlength=self._bins)
+
+    def result(self) -> Histogram | None:
+        """The histogram so far; None if nothing finite was added."""
+        if self._counts is None or self.nan or self.infinite:
+            return None
+        width = 2.0**self._exponent
+        return Histogram(self._low, self._high, self._first * width, width, self._counts)
+
+    def _fit(self) -> npt.NDArray[np.int64]:
+        """Widens bins (by merging) and shifts them until the range fits."""
+        exponent = _exponent(self._low, self._high, self._bins)
+        first = math.floor(self._low / 2.0**exponent)
+        if self._counts is None:
+            self._counts = np.zeros(self._bins, np.int64)
+        elif (exponent, first) != (self._exponent, self._first):
+            used = np.flatnonzero(self._counts)
+            merged = np.zeros(self._bins, np.int64)
+            np.add.at(merged, ((used + self._first) >> (exponent - self._exponent)) - first, self._counts[used])
+            self._counts = merged
+        self._exponent, self._first = exponent, first
+        return self._counts
+
+
+def _exponent(low: float, high: float, bins: int) -> int:
+    """Least k for which the grid of ``2**k`` puts [low, high] into ``bins`` bins.
+
+    Grows with the range only, which makes the histogram independent of order. Never so small that a
+    bin index leaves int32, or that the width underflows.
+    """
+    absmax = max(abs(low), abs(high))
+    smallest = -100 if absmax == 0 else max(-100, math.frexp(absmax)[1] - 30)
+    span = high - low
+    k = smallest if span == 0 else max(smallest, math.frexp(span / bins)[1] - 2)
+    while math.floor(high / 2.0**k) - math.floor(low / 2.0**k) >= bins:
+        k += 1
+    return k
+
+
+def _stride(size: int, most: int) -> int:
+    """Smallest stride leaving at most ``most`` elements and sharing no factor with the size."""
+    stride = max(1, -(-size // most))
+    while math.gcd(stride, size) != 1 and stride < size:
+        stride += 1
+    return stride
+
+
+# --- moments -----------------------------------------------------------------------------------
+
+
+class ChannelAccumulator:
+    """Mean, mean square and absolute maximum per channel.
+
+    Args:
+        axis: the channel axis; may be negative.
+    """
+
+    def __init__(self, axis: int) -> None:
+        self._axis = axis
+        self._count = 0
+        self._sum: npt.NDArray[np.float64] | None = None
+        self._square: npt.NDArray[np.float64] = np.zeros(0)
+        self._absmax: npt.NDArray[np.float64] = np.zeros(0)
+        self._unusable = False
+        self.nan = False
+
+    def add(self, array: Array) -> None:
+        """Adds a float32 array."""
+        if array.size == 0 or self._unusable or self.nan:
+            return
+        if not -array.ndim <= self._axis < array.ndim:
+            self._unusable = True
+            return
+        axis = self._axis % array.ndim
+        channels = array.shape[axis]
+        if self._sum is None:
+            self._sum, self._square, self._absmax = np.zeros(channels), np.zeros(channels), np.zeros(channels)
+        if self._sum.size != channels:
+            self._unusable = True
+            return
+        inner = math.prod(array.shape[axis + 1 :])
+        blocks = array.reshape(-1, channels, inner)
+        for sums, squares, absmax in _moments(blocks):
+            self._sum += sums
+            self._square += squares
+            np.maximum(self._absmax, absmax, out=self._absmax)
+        self._count += blocks.shape[0] * inner
+        if not np.isfinite(self._absmax).all():
+            self.nan = bool(np.isnan(self._absmax).any())
+            self._unusable = True
+
+    def result(self) -> ChannelMoments | None:
+        """The moments so far; None if nothing usable was added."""
+        if self._sum is None or self._unusable or self._count == 0:
+            return None
+        return ChannelMoments(self._sum / self._count, self._square / self._count, self._absmax)
+
+
+def _moments(blocks: Array) -> Iterable[tuple[Array, Array, Array]]:
+    """Sum, sum of squares and absolute maximum by channel, block by block of (outer, channels, inner)."""
+    outer, channels, inner = blocks.shape
+    if inner >= 16:
+        for block in blocks:
+            for start in range(0, inner, 1 << 16):
+                part = block[:, start : start + (1 << 16)]
+                yield part.sum(1), np.vecdot(part, part), np.maximum(part.max(1), -part.min(1))
+        return
+    rows = blocks.reshape(outer, channels * inner)
+    for start in range(0, outer, _ROWS):
+        part = rows[start : start + _ROWS]
+        sums, squares = part.sum(0), np.square(part).sum(0)
+        absmax = np.maximum(part.max(0), -part.min(0))
+        by_channel = (a.reshape(channels, inner) for a in (sums, squares))
+        yield (*(a.sum(1) for a in by_channel), absmax.reshape(channels, inner).max(1))
+
+
+# --- shapes ------------------------------------------------------------------------------------
+
+
+def value_shapes(model: ir.Model, feed: dict[str, Array], *, threads: int | None = None) -> dict[str, tuple[int, ...]]:
+    """Concrete shape of every tensor of the main graph for one feed, inputs and weights included.
+
+    A ``Shape`` node is put on every value, so no activation is kept or copied. Values that are no
+    tensors (sequences, optionals) are left out.
+    """
+    shapes = {name: tuple(np.shape(array)) for name, array in feed.items() if isinstance(array, np.ndarray)}
+    for value in model.graph.initializers.values():
+        if value.const_value is not None:
+            shapes[str(value.name)] = _static(value.const_value)
+    names = [n for n, v in main_values(model).items() if v.type is None or isinstance(v.type, ir.TensorType)]
+    try:
+        found = _measured(model, names, feed, threads)
+    except ModelRunError:  # a value of unknown type may be a sequence: ask onnxruntime, then leave those out
+        types = Runner(model, outputs=names, optimize=False, threads=threads).types
+        found = _measured(model, [n for n in names if types[n].startswith("tensor(")], feed, threads)
+    return shapes | found
+
+
+def _static(tensor: ir.TensorProtocol) -> tuple[int, ...]:
+    return tuple(d for d in tensor.shape if isinstance(d, int))
+
+
+def _measured(
+    model: ir.Model, names: Sequence[str], feed: dict[str, Array], threads: int | None
+) -> dict[str, tuple[int, ...]]:
+    copy = clone(model)
+    values = main_values(copy)
+    taken = {*values, *copy.graph.initializers, *(str(v.name) for v in copy.graph.inputs)}
+    probes: dict[str, str] = {}
+    for name in names:
+        node = ir.node("Shape", [values[name]])
+        probe = f"{name}__shape"
+        while probe in taken:
+            probe += "_"
+        taken.add(probe)
+        node.outputs[0].name = probes[name] = probe
+        node.outputs[0].type = ir.TensorType(ir.DataType.INT64)
+        node.name = f"onnxcompress_{probe}"
+        copy.graph.append(node)
+        copy.graph.outputs.append(node.outputs[0])
+    found = Runner(copy, outputs=tuple(probes.values()), optimize=False, threads=threads).run(feed)
+    return {name: tuple(int(d) for d in found[probe]) for name, probe in probes.items()}
