@@ -1,0 +1,1 @@
+"""Hardware profiles that come with the package: one TOML a device, read by :mod:`onnxcompress.profile`."""
