@@ -37,6 +37,8 @@ BINS = 4096
 """Bins of a histogram; between half and all of them span the range seen."""
 
 _ROWS = 1024
+_COUNTED = 1 << 19
+_LEAST_COUNTED = 2048
 
 
 def calibrate(
@@ -46,6 +48,7 @@ def calibrate(
     *,
     progress: Callable[[int, int], None] | None = None,
     max_elements: int = 65536,
+    shapes: bool = True,
     threads: int | None = None,
 ) -> Evidence:
     """Runs every feed once and collects what was asked for.
@@ -57,22 +60,26 @@ def calibrate(
             varies: ``Evidence.has`` is False for them.
         source: the feeds.
         progress: called with (samples done, samples in all) after each.
-        max_elements: most elements of a value that are counted in the histogram, per sample.
+        max_elements: most elements of a value that are counted in the histogram, per sample; fewer
+            where there are many samples, so that a value is counted about half a million times in
+            all. The extremes are always over all elements.
+        shapes: measure the shapes too (one run of the first feed).
         threads: for onnxruntime; all there are by default.
 
     Raises:
         DataError: a value is NaN for some feed; names node and sample.
         ModelRunError: onnxruntime cannot load or run the model.
     """
-    wanted = list(dict.fromkeys(needs))
+    wanted, total = list(dict.fromkeys(needs)), len(source)
+    most = min(max_elements, max(_LEAST_COUNTED, _COUNTED // total))
     inputs = {str(v.name) for v in model.graph.inputs}
     inside = main_values(model)
     names = [n for n in dict.fromkeys(need.value for need in wanted) if n in inside]
-    runner = Runner(model, outputs=names, threads=threads)
-    names = [n for n in names if runner.types[n] == "tensor(float)"]
+    runner = Runner(model, outputs=names, threads=threads) if names else None
+    names = [n for n in names if runner is not None and runner.types[n] == "tensor(float)"]
     observed = {*names, *(need.value for need in wanted if need.value in inputs)}
     histograms = {
-        n.value: HistogramAccumulator(max_elements)
+        n.value: HistogramAccumulator(most)
         for n in wanted
         if n.statistic is Statistic.HISTOGRAM and n.value in observed
     }
@@ -81,9 +88,8 @@ def calibrate(
         for n in wanted
         if n.statistic is Statistic.CHANNELS and n.value in observed
     }
-    total = len(source)
-    for sample, feed in enumerate(source):
-        found = runner.run(feed, names)
+    for sample, feed in enumerate(source if observed else ()):
+        found = runner.run(feed, names) if runner is not None else {}
         found |= {n: feed[n] for n in observed & inputs if feed[n].dtype == np.float32}
         for name, histogram in histograms.items():
             if name in found:
@@ -98,11 +104,10 @@ def calibrate(
         found.clear()
         if progress is not None:
             progress(sample + 1, total)
-    del runner
     return Evidence(
         histograms={n: h for n, a in histograms.items() if (h := a.result()) is not None},
         channels={k: m for k, a in channels.items() if (m := a.result()) is not None},
-        shapes=value_shapes(model, source.first(), threads=threads),
+        shapes=value_shapes(model, source.first(), threads=threads) if shapes else None,
         samples=total,
         synthetic=source.synthetic,
     )
@@ -152,9 +157,8 @@ class HistogramAccumulator:
         counts = self._fit()
         scaled = flat[:: _stride(flat.size, self._max)] * np.float32(2.0**-self._exponent)
         np.floor(scaled, out=scaled)
-        index = scaled.astype(np.intp)
-        index -= self._first
-        counts += np.bincount(index, minlength=self._bins)
+        scaled -= np.float32(self._first)  # exact: both are whole, and their difference is small
+        counts += np.bincount(scaled.astype(np.intp), minlength=self._bins)
 
     def result(self) -> Histogram | None:
         """The histogram so far; None if nothing finite was added."""

@@ -68,9 +68,9 @@ def compare(
         ModelRunError: one of them does not run.
         UsageError: there are no feeds, or nothing in common to compare.
     """
-    wanted = _common(names, reference, candidate)
-    before, after = _runner(reference, wanted), _runner(candidate, wanted)
-    wanted = wanted if wanted is not None else _shared_outputs(before, after)
+    first, second = _opened(reference), _opened(candidate)
+    wanted = _common(names, first, second)
+    before, after = _runner(first, wanted), _runner(second, wanted)
     difference = _Difference(wanted)
     for feed in feeds:
         difference.add(before.run(feed, wanted), after.run(feed, wanted))
@@ -93,12 +93,12 @@ class Reference:
     def __init__(
         self, model: Model, feeds: Iterable[Feed], names: Collection[str] | None = None, *, memory: int = 64 << 20
     ) -> None:
-        ends = _output_names(model)
-        self.names: tuple[str, ...] = tuple(names if names is not None else ends)
-        kept = tuple(dict.fromkeys((*self.names, *ends)))
-        self._ends = ends
+        opened = _opened(model)
+        self._ends = _ends(opened)
+        self.names: tuple[str, ...] = tuple(names if names is not None else self._ends)
+        kept = tuple(dict.fromkeys((*self.names, *self._ends)))
         self._feeds, self._outputs = Spool(memory // 2), Spool(memory // 2)
-        runner = _runner(model, kept)
+        runner = _runner(opened, kept)
         for feed in feeds:
             self._feeds.append(feed)
             self._outputs.append(runner.run(feed, kept))
@@ -115,13 +115,12 @@ class Reference:
 
     def compare(self, candidate: Model, *, limit: int | None = None) -> Comparison:
         """How far a candidate is; on the first ``limit`` samples if given."""
-        return self._difference(candidate, limit)
-
-    def _difference(self, candidate: Model, limit: int | None) -> Comparison:
+        opened = _opened(candidate)
         wanted: tuple[str, ...] = self.names
-        if not _has(candidate, wanted):
-            wanted = tuple(n for n in self._ends if n in _output_names(candidate))
-        runner = _runner(candidate, wanted)
+        if not _has(opened, wanted):
+            ends = _ends(opened)
+            wanted = tuple(n for n in self._ends if n in ends)
+        runner = _runner(opened, wanted)
         difference = _Difference(wanted)
         samples = range(len(self) if limit is None else min(limit, len(self)))
         for feed, before in zip(self._feeds.read(samples), self._outputs.read(samples), strict=True):
@@ -134,7 +133,7 @@ def measure(
     after: Model,
     feed: Feed,
     *,
-    seconds: float = 1.5,
+    min_seconds: float = 1.5,
     min_rounds: int = 10,
     max_rounds: int = 2000,
     threads: int = 1,
@@ -145,8 +144,8 @@ def measure(
         before: the original.
         after: the result.
         feed: one feed for both.
-        seconds: stops after this long, once there are ``min_rounds``; slow models get fewer rounds
-            rather than more than four times as long, but at least one.
+        min_seconds: stops after this long, once there are ``min_rounds``; slow models get fewer
+            rounds rather than more than four times as long, but at least one.
         min_rounds: fewest rounds, time permitting.
         max_rounds: most rounds.
         threads: intra-op threads; a :class:`Runner` keeps its own.
@@ -163,7 +162,7 @@ def measure(
             runner.run(feed)
             times[index].append(time.perf_counter() - begin)
         spent = time.perf_counter() - start
-        if spent >= 4 * seconds or (spent >= seconds and number + 1 >= min_rounds):
+        if spent >= 4 * min_seconds or (spent >= min_seconds and number + 1 >= min_rounds):
             break
     a, b = np.array(times[0]), np.array(times[1])
     return Latency(
@@ -325,45 +324,29 @@ def _tensors(before: Any, after: Any) -> Iterator[tuple[Array | None, Array | No
 # --- models ------------------------------------------------------------------------------------
 
 
-def _runner(model: Model, names: Collection[str] | None) -> Runner:
+def _opened(model: Model) -> Runner | ir.Model:
+    """A file is opened as it is on disk, so that it is the file that is judged."""
+    return model if isinstance(model, (Runner, ir.Model)) else Runner(model)
+
+
+def _runner(model: Runner | ir.Model, names: Collection[str]) -> Runner:
     if isinstance(model, Runner):
-        missing = set(names or ()) - set(model.outputs)
-        if missing:
-            raise UsageError(f"the runner does not return {sorted(missing)[0]!r}", hint="name it in outputs=")
-        return model
+        return model if set(names) <= set(model.outputs) else model.showing(names)
     return Runner(model, outputs=names)
 
 
-def _timed(model: Model, threads: int) -> Runner:
-    return model if isinstance(model, Runner) else Runner(model, threads=threads)
+def _ends(model: Runner | ir.Model) -> tuple[str, ...]:
+    return model.ends if isinstance(model, Runner) else tuple(str(v.name) for v in model.graph.outputs)
 
 
-def _loaded(model: Model) -> ir.Model | None:
+def _has(model: Runner | ir.Model, names: Collection[str]) -> bool:
+    wanted = set(names)
     if isinstance(model, Runner):
-        return None
-    return model if isinstance(model, ir.Model) else ir.load(model)
+        return wanted <= {*model.outputs, *model.ends} or wanted <= model.available()
+    return wanted <= {*_ends(model), *main_values(model)}
 
 
-def _output_names(model: Model) -> tuple[str, ...]:
-    loaded = _loaded(model)
-    if isinstance(model, Runner):
-        return model.outputs
-    return tuple(str(v.name) for v in loaded.graph.outputs) if loaded is not None else ()
-
-
-def _has(model: Model, names: Collection[str]) -> bool:
-    if isinstance(model, Runner):
-        return set(names) <= set(model.outputs)
-    loaded = _loaded(model)
-    return loaded is not None and set(names) <= {*main_values(loaded), *_output_names(loaded)}
-
-
-def _common(names: Collection[str] | None, *models: Model) -> tuple[str, ...] | None:
-    if names is not None and all(_has(model, names) for model in models):
+def _common(names: Collection[str] | None, before: Runner | ir.Model, after: Runner | ir.Model) -> tuple[str, ...]:
+    if names is not None and _has(before, names) and _has(after, names):
         return tuple(names)
-    sets = [_output_names(model) for model in models]
-    return tuple(n for n in sets[0] if all(n in s for s in sets))
-
-
-def _shared_outputs(before: Runner, after: Runner) -> tuple[str, ...]:
-    return tuple(n for n in before.outputs if n in after.outputs)
+    return tuple(n for n in _ends(before) if n in _ends(after))

@@ -128,13 +128,16 @@ def _least_divergence(histogram: Histogram, low: float, high: float, levels: int
 
     Migacz, "8-bit inference with TensorRT", GTC 2017, for two ends in turn. A level must span
     several bins: with one bin a level, quantizing changes nothing, the divergence only sees the
-    clipping, and the full range always wins.
+    clipping, and the full range always wins. A spike at zero (Relu) is levelled to its neighbours
+    first: zero is exactly representable, so spreading it over a level would be a cost that is not
+    there, and one that only ever favours clipping.
     """
     edges, counts = _edges(histogram), histogram.counts.astype(np.float64)
     used = np.flatnonzero(counts)
     left = int(min(used[0], np.searchsorted(edges, min(low, 0.0), side="right") - 1))
     right = int(max(used[-1] + 1, np.searchsorted(edges, max(high, 0.0), side="left")))
     left, right = max(left, 0), min(right, counts.size)
+    _level_spike(counts, round(-histogram.edges_low / histogram.bin_width))
     zero = int(np.clip(np.searchsorted(edges, 0.0, side="left"), left, right))
     fewest = min(levels * _BINS_PER_LEVEL, right - left)
     if high > 0:
@@ -144,6 +147,13 @@ def _least_divergence(histogram: Histogram, low: float, high: float, levels: int
         starts = _candidates(left, min(right - min(fewest, right - left), zero))
         left = min(starts, key=lambda start: (_divergence(counts, start, right, levels), start))
     return float(edges[left]), float(edges[right])
+
+
+def _level_spike(counts: Floats, zero: int) -> None:
+    if 0 <= zero < counts.size:
+        beside = counts[max(zero - 1, 0) : zero + 2].copy()
+        beside[min(zero, 1)] = 0
+        counts[zero] = min(counts[zero], max(beside.max(), 1.0))
 
 
 def _candidates(first: int, last: int) -> list[int]:

@@ -11,8 +11,6 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
@@ -20,8 +18,6 @@ from onnxcompress.errors import ModelReadError, ModelRunError
 from onnxcompress.model import clone, serialize, source, temporary_file, weight_bytes
 
 __all__ = ["Runner", "exposed", "main_values"]
-
-Array = npt.NDArray[Any]
 
 _IN_MEMORY = 256_000_000
 """Bytes of weights up to which a model is handed to onnxruntime as bytes and not as a file."""
@@ -67,8 +63,11 @@ class Runner:
     ) -> None:
         self.threads = threads or _available_cores()
         self.path = source(model) if isinstance(model, ir.Model) else Path(model)
-        self._session = self._open(model, outputs or (), optimize)
+        self._model, self._optimize = model, optimize
+        self._session, count = self._open(model, outputs or (), optimize)
         types = {o.name: o.type for o in self._session.get_outputs()}
+        self.ends: tuple[str, ...] = tuple(types)[:count]
+        """Names of the graph's own outputs."""
         self.outputs: tuple[str, ...] = tuple(outputs if outputs is not None else types)
         missing = [name for name in self.outputs if name not in types]
         if missing:
@@ -101,22 +100,32 @@ class Runner:
                 hint="does the data fit the model's inputs?",
             ) from error
 
+    def available(self) -> set[str]:
+        """Names of all values it could show: graph outputs and values of the main graph."""
+        return {*self.ends, *main_values(self._model if isinstance(self._model, ir.Model) else ir.load(self._model))}
+
+    def showing(self, outputs: Collection[str]) -> Runner:
+        """The same model with other outputs, in a session of its own."""
+        return Runner(self._model, threads=self.threads, outputs=outputs, optimize=self._optimize)
+
     def _open(
         self, model: ir.Model | str | os.PathLike[str], extra: Collection[str], optimize: bool
-    ) -> ort.InferenceSession:
+    ) -> tuple[ort.InferenceSession, int]:
+        """The session, and how many of its outputs are the graph's own."""
         if not isinstance(model, ir.Model):
             if not Path(model).is_file():
                 raise ModelReadError("there is no such file", path=Path(model))
             session = self._session_of(str(model), optimize)
             known = {o.name for o in session.get_outputs()}
             if known.issuperset(extra):
-                return session
+                return session, len(known)
             model = ir.load(model)
+        count = len(model.graph.outputs)
         model = exposed(model, extra) if extra else model
         if weight_bytes(model) <= _IN_MEMORY:
-            return self._session_of(serialize(model), optimize)
+            return self._session_of(serialize(model), optimize), count
         with temporary_file(model) as file:
-            return self._session_of(str(file), optimize)
+            return self._session_of(str(file), optimize), count
 
     def _session_of(self, model: str | bytes, optimize: bool) -> ort.InferenceSession:
         options = ort.SessionOptions()
@@ -141,8 +150,3 @@ def _reason(error: Exception) -> str:
     if not lines:
         return type(error).__name__
     return lines[0].removeprefix("[ONNXRuntimeError] : ")
-
-
-def as_array(value: Any) -> Array | None:
-    """An output as an array; None for sequences and maps."""
-    return value if isinstance(value, np.ndarray) else None
