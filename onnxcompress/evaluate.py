@@ -150,7 +150,7 @@ def measure(
         max_rounds: most rounds.
         threads: intra-op threads; a :class:`Runner` keeps its own.
     """
-    first, second = _timed(before, threads), _timed(after, threads)
+    first, second = (m if isinstance(m, Runner) else Runner(m, threads=threads) for m in (before, after))
     for runner in (first, second, first, second):  # lazy allocation, caches, branch predictors
         runner.run(feed)
     times: tuple[list[float], list[float]] = ([], [])
