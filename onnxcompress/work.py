@@ -14,12 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.view import GraphView
 
-__all__ = ["FAMILY", "KINDS", "NodeWork", "Shapes", "kinds_of", "work_of"]
+__all__ = ["FAMILY", "KINDS", "NodeWork", "Shapes", "is_constant", "kinds_of", "work_of"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Concrete shapes by value name, as seen in a run."""
@@ -69,6 +71,7 @@ _CONV_OPS = ("Conv", "ConvInteger", "QLinearConv")
 _MATMUL_OPS = ("MatMul", "Gemm", "MatMulInteger", "QLinearMatMul", "FusedMatMul")
 _GATES = {"LSTM": 4, "DynamicQuantizeLSTM": 4, "GRU": 3, "RNN": 1}
 _SHAPED = ("Reshape", "Slice", "Expand", "Tile", "Resize", "Unsqueeze", "Squeeze", "Pad", "Split")
+_RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial")
 _CONTROL_FLOW = ("If", "Loop", "Scan")
 
 
@@ -200,14 +203,7 @@ class _Look:
         self.view, self.shapes = view, shapes
 
     def constant(self, value: ir.Value | None) -> bool:
-        if value is None:
-            return False
-        if self.view.weight(value) is not None:
-            return True
-        producer = self.view.producer(value)
-        if producer is None or producer.op_type not in ("DequantizeLinear", "Constant"):
-            return False
-        return producer.op_type == "Constant" or self.view.weight(producer.inputs[0]) is not None
+        return value is not None and is_constant(self.view, value)
 
     def shape(self, value: ir.Value | None) -> tuple[int, ...] | None:
         if value is None:
@@ -217,12 +213,46 @@ class _Look:
         tensor = self.view.weight(value)
         shape = value.shape if tensor is None else tensor.shape
         if shape is None:
-            producer = self.view.producer(value)
-            if producer is not None and producer.op_type == "DequantizeLinear":
-                return self.shape(producer.inputs[0])
-            return None
+            return self._shape_of_stored(self.view.producer(value))
         dims = [d for d in shape if isinstance(d, int)]
         return tuple(dims) if len(dims) == len(shape) else None
+
+    def _shape_of_stored(self, producer: ir.Node | None) -> tuple[int, ...] | None:
+        """Shape of a weight that is kept in another form: scaled, cast, or looked up in a codebook."""
+        if producer is None or not is_constant(self.view, producer.outputs[0]):
+            return None
+        shapes = [self.shape(v) for v in producer.inputs if v is not None]
+        if None in shapes or not shapes:
+            return None
+        if producer.op_type in ("DequantizeLinear", "Cast", "Identity"):
+            return shapes[0]
+        if producer.op_type == "Gather" and len(shapes[0] or ()) == 1:
+            return shapes[1]
+        return np.broadcast_shapes(*[s for s in shapes if s is not None]) if producer.op_type == "Mul" else None
+
+
+def is_constant(view: GraphView, value: ir.Value) -> bool:
+    """Whether a value is the same in every run: a weight, or made of weights alone.
+
+    A weight behind a DequantizeLinear is constant, though onnxruntime computes it anew in every run.
+    """
+    known = _constants.get(view)
+    if known is None:
+        known = _constants[view] = _constant_values(view)
+    return value in known or view.weight(value) is not None
+
+
+_constants: WeakKeyDictionary[GraphView, frozenset[ir.Value]] = WeakKeyDictionary()
+
+
+def _constant_values(view: GraphView) -> frozenset[ir.Value]:
+    found: set[ir.Value] = set()
+    for node in view.nodes():
+        if node.op_type in (*_CONTROL_FLOW, *_RANDOM):
+            continue
+        if all(v is None or v in found or view.weight(v) is not None for v in node.inputs):
+            found.update(node.outputs)
+    return frozenset(found)
 
 
 def _convolution(node: ir.Node, look: _Look, common: _Common) -> NodeWork:
