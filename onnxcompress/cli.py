@@ -36,6 +36,8 @@ from onnxcompress.errors import OnnxCompressError, OutputError, UsageError, sugg
 
 __all__ = ["cli", "main"]
 
+logger = logging.getLogger(__name__)
+
 BUG, INTERRUPTED, PIPE_CLOSED, TERMINATED = 70, 130, 141, 143
 DEFAULT_PROFILE = "host-x86-vnni"
 
@@ -159,35 +161,29 @@ def _logging(verbose: int) -> Iterator[None]:
         logger.setLevel(before)
 
 
-class _Share(click.ParamType):
+def _share(context: click.Context, parameter: click.Parameter, text: str | None) -> float | None:
     """0.01, or 1%."""
-
-    name = "share"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        text = str(value).strip()
-        try:
-            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-        except ValueError:
-            share = -1.0
-        if not 0 <= share < 1:
-            self.fail(f"{value!r} is no share; write 0.01 or 1%", param, ctx)
-        return share
+    if text is None:
+        return None
+    try:
+        share = float(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise click.BadParameter(f"{text!r} is no share; write 0.01 or 1%", context, parameter)
+    return share
 
 
-class _Shape(click.ParamType):
+def _shapes(context: click.Context, parameter: click.Parameter, texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """NAME=1x3x224x224; NAME= is a scalar."""
-
-    name = "shape"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, tuple):
-            return value
-        name, equals, text = str(value).rpartition("=")
-        dims = text.replace(",", "x").split("x") if text else []
-        if not equals or not name or not all(d.strip().isdigit() for d in dims):
-            self.fail(f"{value!r} is no shape; write NAME=1x3x224x224", param, ctx)
-        return name, tuple(int(d) for d in dims)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for text in texts:
+        name, equals, dims = text.rpartition("=")
+        sizes = dims.replace(",", "x").split("x") if dims else []
+        if not equals or not name or not all(d.strip().isdigit() for d in sizes):
+            raise click.BadParameter(f"{text!r} is no shape; write NAME=1x3x224x224", context, parameter)
+        shapes[name] = tuple(int(d) for d in sizes)
+    return shapes
 
 
 _MODEL = click.Path(path_type=Path)
@@ -200,7 +196,7 @@ _calibration = click.option(
 _preprocess = click.option("--preprocess", metavar="SPEC", help="How images become inputs; see the README.")
 
 
-def _metric(spec: str) -> Callable[..., float]:
+def _metric(spec: str) -> Callable[[str], float]:
     """The callable behind MODULE:FUNCTION or FILE.py:FUNCTION.
 
     Raises:
@@ -224,7 +220,20 @@ def _metric(spec: str) -> Callable[..., float]:
     if not callable(function):
         known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise UsageError(f"--metric: {place} has no function {name!r}", hint=suggest(name, known))
-    return function  # type: ignore[no-any-return]
+
+    def score(path: str) -> float:
+        try:
+            return float(function(path))
+        except OnnxCompressError:
+            raise
+        except Exception as error:  # the user's code again
+            logger.info("--metric %s failed", spec, exc_info=True)
+            message = f"--metric {spec} raised {type(error).__name__}: {error}"
+            raise UsageError(
+                message, hint="-v shows the traceback; it gets the path of a model, returns a number"
+            ) from error
+
+    return score
 
 
 def _writable(path: Path, *, what: str) -> None:
@@ -284,7 +293,7 @@ def cli(context: click.Context) -> None:
 @click.option("-o", "--output", type=_MODEL, metavar="OUT", help="Default: IN with the ending .optimized.onnx.")
 @_calibration
 @_preprocess
-@click.option("--max-drop", type=_Share(), metavar="X", help="The metric may fall by this share (0.01 or 1%).")
+@click.option("--max-drop", callback=_share, metavar="X", help="The metric may fall by this share (0.01 or 1%).")
 @click.option(
     "--metric", metavar="MODULE:FUNCTION", help="Scores a model file; higher is better. Needed by --max-drop."
 )
@@ -313,8 +322,7 @@ def optimize(
     IN never changes. What does not pay on the profile, or costs too much accuracy, is left as it
     is, and the report says why.
     """
-    import onnxcompress
-    from onnxcompress import registry
+    from onnxcompress import pipeline, registry
     from onnxcompress.report import Budget
 
     output = output or model.with_name(f"{model.stem}.optimized.onnx")
@@ -332,7 +340,7 @@ def optimize(
     if calibration is None:
         _warn("no --calibration data: inputs are made up, so only what is safe on any input is done")
     with _progress() as progress:
-        result = onnxcompress.optimize(
+        result = pipeline.optimize(
             model,
             profile=profile,
             calibration=calibration,
@@ -361,12 +369,14 @@ def optimize(
 )
 @click.argument("model", type=_MODEL, metavar="IN")
 @click.option("--profile", default=DEFAULT_PROFILE, show_default=True, metavar="NAME", help="The hardware.")
-@click.option("--shape", "shapes", type=_Shape(), multiple=True, metavar="NAME=1x3x224x224", help="Of a dynamic input.")
-def inspect(model: Path, profile: str, shapes: tuple[tuple[str, tuple[int, ...]], ...], verbose: bool) -> Answer:
+@click.option(
+    "--shape", "shapes", callback=_shapes, multiple=True, metavar="NAME=1x3x224x224", help="Of a dynamic input."
+)
+def inspect(model: Path, profile: str, shapes: dict[str, tuple[int, ...]], verbose: bool) -> Answer:
     """Show what each node of a model costs on a profile."""
-    import onnxcompress
+    from onnxcompress import inspection
 
-    cost = onnxcompress.inspect(model, profile=profile, shapes=dict(shapes))
+    cost = inspection.inspect(model, profile=profile, shapes=shapes)
     return Answer(cost, render.cost(cost, verbose=verbose))
 
 
@@ -381,12 +391,12 @@ def inspect(model: Path, profile: str, shapes: tuple[tuple[str, tuple[int, ...]]
 @_preprocess
 def compare(first: Path, second: Path, calibration: str | None, preprocess: str | None, verbose: bool) -> Answer:
     """Run two models on the same inputs: outputs, sizes, latency."""
-    import onnxcompress
+    from onnxcompress import inspection
 
     if calibration is None:
         _warn("no --calibration data: the models are compared on made-up inputs")
-    outputs, latency, sizes = onnxcompress.compare(first, second, calibration=calibration, preprocess=preprocess)
-    document = {"comparison": outputs, "latency": latency, "sizes": sizes}
+    outputs, latency, sizes = inspection.compare(first, second, calibration=calibration, preprocess=preprocess)
+    document = {"comparison": outputs, "latency": latency, "sizes": {"first": sizes[0], "second": sizes[1]}}
     return Answer(document, render.comparison(outputs, latency, sizes))
 
 
@@ -407,11 +417,11 @@ def verify(
 
     Exits with 1 if it does not.
     """
-    import onnxcompress
+    from onnxcompress import inspection
 
     if calibration is None:
         _warn("no --calibration data: the models are compared on made-up inputs")
-    found = onnxcompress.verify(original, optimized, calibration, min_sqnr=min_sqnr)
+    found = inspection.verify(original, optimized, calibration, preprocess=preprocess)
     passed = found.min_sqnr_db >= min_sqnr
     verdict = f"worst output {render.decibel(found.min_sqnr_db)}, {min_sqnr:g} dB asked for"
     text = Group(
@@ -541,7 +551,7 @@ def _write(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None] | None]:
+def _progress() -> Iterator[Callable[[str, int, int | None], None] | None]:
     """A line on a terminal for what takes over a second; nothing where stderr is none."""
     if not sys.stderr.isatty():
         yield None
@@ -552,8 +562,8 @@ def _progress() -> Iterator[Callable[[str, int, int], None] | None]:
     timer = threading.Timer(1.0, status.start)
     timer.daemon = True
 
-    def show(stage: str, done: int = 0, total: int = 0) -> None:
-        status.update(Text(f"{stage} {done}/{total}" if total else stage))
+    def show(stage: str, done: int, total: int | None) -> None:
+        status.update(Text(f"{stage} {done}/{total}" if total else f"{stage} {done}" if done else stage))
 
     timer.start()
     try:

@@ -1,0 +1,527 @@
+"""Records as text for a person, and as JSON for a program. Computes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import IO, Any
+
+from pydantic import BaseModel
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from onnxcompress.cost import ModelCost, NodeCost
+from onnxcompress.models_zoo import ZooModel
+from onnxcompress.profile import Profile
+from onnxcompress.report import Attempt, Comparison, Latency, Report, SiteReport
+from onnxcompress.sizes import FileSize
+
+__all__ = [
+    "as_json",
+    "collapse",
+    "columns",
+    "comparison",
+    "console",
+    "cost",
+    "decibel",
+    "passes",
+    "profile",
+    "profiles",
+    "report",
+    "zoo",
+]
+
+_PIPED_WIDTH = 120
+_DEAREST = 20
+_VARIABLE = re.compile(r"'[^']*'|[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?", re.IGNORECASE)
+
+
+def console(file: IO[str]) -> Console:
+    """A console for ``file``; without colour, and wider, where it is no terminal.
+
+    Names of nodes hold brackets and colons, so markup, emoji and highlighting are off.
+    """
+    piped = not file.isatty() and "COLUMNS" not in os.environ
+    return Console(
+        file=file,
+        width=_PIPED_WIDTH if piped else None,
+        markup=False,
+        emoji=False,
+        highlight=False,
+        soft_wrap=False,
+    )
+
+
+def as_json(document: object) -> str:
+    """Strict JSON of records, paths and enumerations; infinities become "inf" and "-inf"."""
+    return json.dumps(_plain(document), indent=2, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(float(value))
+    if value is None or isinstance(value, (str, int)):  # bool is an int
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", by_alias=True, exclude_none=True)
+    if hasattr(value, "item"):  # numpy scalars
+        return _plain(value.item())
+    return str(value)
+
+
+# --- tables ------------------------------------------------------------------------------------
+
+
+def columns(rows: Iterable[Sequence[str]], heads: Sequence[str], *, right: Sequence[int] = ()) -> Table:
+    """A plain table; columns numbered in ``right`` hold numbers."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_header=any(heads))
+    for index, head in enumerate(heads):
+        numeric = index in right
+        table.add_column(head, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold", vertical="top")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _section(title: str, body: RenderableType) -> Group:
+    return Group(Text(), Text(title, style="bold"), Padding(body, (0, 0, 0, 2)))
+
+
+# --- the report --------------------------------------------------------------------------------
+
+
+def report(what: Report, *, output: Path | None = None, verbose: bool = False) -> RenderableType:
+    """A whole run: totals, what was done, what was left alone and why, attempts, warnings.
+
+    Args:
+        what: the run.
+        output: the file that was written.
+        verbose: one row a site; otherwise sites with the same fate are one row.
+    """
+    head = Text.assemble((Path(what.input).name or what.input, "bold"))
+    if output is not None:
+        head.append(f" -> {output}", style="bold")
+    parts: list[RenderableType] = [
+        head,
+        Text(f"profile {what.profile}, calibration: {what.calibration}"),
+        Text(what.outcome, style="bold green" if _changed(what) else "bold yellow"),
+        _section("Totals", _totals(what)),
+    ]
+    applied = [p for p in what.passes if p.outcome != "nothing to do" or verbose]
+    if applied:
+        rows = [(p.name, p.outcome, str(p.changed) if p.changed else "", p.reason) for p in applied]
+        parts.append(_section("Passes", columns(rows, ("pass", "outcome", "sites", "what it did"), right=[2])))
+    done = [s for s in what.sites if s.decision != "keep"]
+    kept = [s for s in what.sites if s.decision == "keep"]
+    if done:
+        parts.append(_section(f"Changed: {_count(len(done), 'site')}", _sites(done, verbose)))
+    if kept:
+        parts.append(_section(f"Left alone: {_count(len(kept), 'site')}", _sites(kept, verbose)))
+    if what.attempts:
+        parts.append(_section("Attempts", _attempts(what.attempts)))
+    if what.notes:
+        parts.append(_section("Notes", Group(*(Text(n) for n in what.notes))))
+    if what.warnings:
+        parts.append(_section("Warnings", Group(*(Text(w, style="yellow") for w in what.warnings))))
+    return Group(*parts)
+
+
+def _changed(what: Report) -> bool:
+    return any(s.decision != "keep" for s in what.sites) or any(p.outcome == "applied" for p in what.passes)
+
+
+def _totals(what: Report) -> Table:
+    t = what.totals
+    rows = [
+        ("file", size(t.file_bytes[0]), size(t.file_bytes[1]), _ratio(*t.file_bytes, "smaller", "larger")),
+        ("file, zstd -9", size(t.zstd_bytes[0]), size(t.zstd_bytes[1]), _ratio(*t.zstd_bytes, "smaller", "larger")),
+        (
+            "predicted",
+            milliseconds(t.predicted_ms[0]),
+            milliseconds(t.predicted_ms[1]),
+            f"{_ratio(*t.predicted_ms, 'faster', 'slower')} on {what.profile}",
+        ),
+    ]
+    if t.latency is not None:
+        rows.append(_latency_row(t.latency))
+    rows.append(("worst output", "", decibel(t.comparison.min_sqnr_db), _worst(t.comparison, what.budget.min_sqnr_db)))
+    if t.metric_before is not None and t.metric_after is not None:
+        drop = (t.metric_after - t.metric_before) / abs(t.metric_before) if t.metric_before else 0.0
+        allowed = f" (-{what.budget.max_drop:.2%} allowed)" if what.budget.max_drop is not None else ""
+        rows.append(("metric", f"{t.metric_before:.4g}", f"{t.metric_after:.4g}", f"{drop:+.2%}{allowed}"))
+    return columns(rows, ("", "before", "after", ""), right=[1, 2])
+
+
+def _latency_row(latency: Latency) -> tuple[str, str, str, str]:
+    faster = latency.speed_up >= 1
+    factor = latency.speed_up if faster else 1 / latency.speed_up if latency.speed_up > 0 else math.inf
+    return (
+        "measured here",
+        milliseconds(latency.before_ms),
+        milliseconds(latency.after_ms),
+        f"{factor:.2f}x {'faster' if faster else 'slower'}"
+        f" ({_count(latency.rounds, 'round')}, {_count(latency.threads, 'thread')})",
+    )
+
+
+def _worst(what: Comparison, least: float | None) -> str:
+    known = [o for o in what.outputs if o.sqnr_db is not None]
+    worst = min(known, key=lambda o: o.sqnr_db if o.sqnr_db is not None else math.inf, default=None)
+    parts = [f"SQNR of {worst.name}" if worst is not None else "no output is floating point"]
+    if least is not None:
+        parts.append(f"at least {least:g} dB asked for")
+    parts.append(f"{_count(what.samples, 'held-out sample')}")
+    return ", ".join(parts)
+
+
+def _sites(sites: Sequence[SiteReport], verbose: bool) -> Table:
+    if verbose:
+        rows = [
+            (s.pass_name, s.op, s.key, s.decision, s.reason, *_amounts(s.gain_ms, s.bytes_saved, s.distortion_db))
+            for s in sites
+        ]
+        heads = ("pass", "op", "node", "decision", "reason", "saves", "off the file", "noise")
+        return _without_empty(rows, heads, right=(5, 6, 7))
+    rows = [
+        (f"{g.count} x", g.op, g.pass_name, g.decision, g.reason, *_amounts(g.gain_ms, g.bytes_saved, g.distortion_db))
+        for g in collapse(sites)
+    ]
+    heads = ("", "op", "pass", "decision", "reason", "saves", "off the file", "most noise")
+    return _without_empty(rows, heads, right=(0, 5, 6, 7))
+
+
+def _amounts(gain_ms: float, bytes_saved: int, distortion_db: float | None) -> tuple[str, str, str]:
+    return (
+        _some(milliseconds, gain_ms),
+        _some(size, bytes_saved),
+        decibel(distortion_db) if distortion_db is not None else "",
+    )
+
+
+def _without_empty(rows: Sequence[Sequence[str]], heads: Sequence[str], right: Sequence[int]) -> Table:
+    """Columns that say nothing, or only "keep", take no room."""
+    used = [i for i in range(len(heads)) if any(row[i] and row[i] != "keep" for row in rows)]
+    return columns(
+        [[row[i] for i in used] for row in rows],
+        [heads[i] for i in used],
+        right=[used.index(i) for i in right if i in used],
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteGroup:
+    """Sites that met the same fate; ``gain_ms`` and ``bytes_saved`` are sums, the noise is the worst."""
+
+    count: int
+    pass_name: str
+    op: str
+    decision: str
+    reason: str
+    gain_ms: float
+    bytes_saved: int
+    distortion_db: float | None
+
+
+def collapse(sites: Iterable[SiteReport]) -> list[SiteGroup]:
+    """Groups sites by pass, operator, decision and reason, the largest gain and count first.
+
+    Reasons that differ in quoted names and numbers only are one: "saves 0.1 ms" and "saves 0.3 ms"
+    become "saves 0.1..0.3 ms".
+    """
+    groups: dict[tuple[str, str, str, str], list[SiteReport]] = {}
+    for site in sites:
+        key = (site.pass_name, site.op, site.decision, _VARIABLE.sub("\0", site.reason))
+        groups.setdefault(key, []).append(site)
+    found = [
+        SiteGroup(
+            count=len(members),
+            pass_name=name,
+            op=op,
+            decision=decision,
+            reason=_common_reason([m.reason for m in members]),
+            gain_ms=sum(m.gain_ms for m in members),
+            bytes_saved=sum(m.bytes_saved for m in members),
+            distortion_db=max((m.distortion_db for m in members if m.distortion_db is not None), default=None),
+        )
+        for (name, op, decision, _), members in groups.items()
+    ]
+    return sorted(found, key=lambda g: (-g.gain_ms, -g.count, g.op, g.reason))
+
+
+def _common_reason(reasons: Sequence[str]) -> str:
+    words = _VARIABLE.split(reasons[0])
+    values = list(zip(*(_VARIABLE.findall(r) for r in reasons), strict=True))
+    return words[0] + "".join(_span(v) + w for v, w in zip(values, words[1:], strict=True))
+
+
+def _span(values: Sequence[str]) -> str:
+    if len(set(values)) == 1:
+        return values[0]
+    if any(v.startswith("'") for v in values):
+        return "..."
+    return "..".join((min(values, key=float), max(values, key=float)))
+
+
+def _attempts(attempts: Sequence[Attempt]) -> Table:
+    rows = [
+        (
+            str(number),
+            a.kind,
+            str(a.sites),
+            milliseconds(a.predicted_ms),
+            decibel(a.min_sqnr_db) if a.min_sqnr_db is not None else "",
+            f"{a.metric:.4g}" if a.metric is not None else "",
+            f"{a.speed_up:.2f}x" if a.speed_up is not None else "",
+            a.verdict,
+        )
+        for number, a in enumerate(attempts, 1)
+    ]
+    heads = ("", "tried", "sites", "predicted", "worst output", "metric", "speed-up", "verdict")
+    return _without_empty(rows, heads, right=(0, 2, 3, 4, 5, 6))
+
+
+# --- a comparison ------------------------------------------------------------------------------
+
+
+def comparison(
+    what: Comparison, latency: Latency | None = None, sizes: tuple[FileSize, FileSize] | None = None
+) -> RenderableType:
+    """Two models side by side: outputs, then sizes and time."""
+    rows = [
+        (o.name, "" if o.sqnr_db is None else decibel(o.sqnr_db), f"{o.max_abs:.3g}", f"{o.agreement:.1%}")
+        for o in what.outputs
+    ]
+    parts: list[RenderableType] = [
+        columns(rows, ("output", "SQNR", "largest difference", "equal elements"), right=[1, 2, 3]),
+        Text(f"on {_count(what.samples, 'sample')}"),
+    ]
+    totals = []
+    if sizes is not None:
+        for name, a, b in (
+            ("file", sizes[0].raw, sizes[1].raw),
+            ("file, zstd -9", sizes[0].zstd, sizes[1].zstd),
+        ):
+            totals.append((name, size(a), size(b), _ratio(a, b, "smaller", "larger")))
+    if latency is not None:
+        totals.append(_latency_row(latency))
+    if totals:
+        parts += [Text(), columns(totals, ("", "first", "second", ""), right=[1, 2])]
+    return Group(*parts)
+
+
+# --- cost --------------------------------------------------------------------------------------
+
+
+def cost(what: ModelCost, *, verbose: bool = False) -> RenderableType:
+    """What a model costs: totals, operator types, and the dearest nodes (all of them if ``verbose``)."""
+    totals = [
+        ("predicted", milliseconds(1e3 * what.seconds), f"on {what.profile}"),
+        ("MACs", amount(what.macs), ""),
+        ("weights", size(what.weight_bytes), f"{amount(what.params)} parameters"),
+        ("peak activations", size(what.peak_activation_bytes), ""),
+    ]
+    if what.energy_joule is not None:
+        totals.append(("energy", f"{1e3 * what.energy_joule:.3g} mJ", "a run"))
+    by_op: dict[tuple[str, str], list[NodeCost]] = {}
+    for node in what.nodes:
+        by_op.setdefault((node.op_type, node.precision), []).append(node)
+    ops = [
+        (
+            op,
+            precision,
+            str(len(members)),
+            milliseconds(1e3 * sum(n.seconds for n in members)),
+            f"{sum(n.share for n in members):.1%}",
+            _some(amount, sum(n.macs for n in members)),
+            _some(size, sum(n.weight_bytes for n in members)),
+        )
+        for (op, precision), members in sorted(by_op.items(), key=lambda item: -sum(n.seconds for n in item[1]))
+    ]
+    shown = what.nodes if verbose else sorted(what.nodes, key=lambda n: -n.seconds)[:_DEAREST]
+    nodes = [
+        (
+            n.name,
+            n.op_type,
+            f"in {n.inside}" if n.inside else n.kind,
+            n.precision,
+            "?" if not n.known else "" if n.inside else milliseconds(1e3 * n.seconds),
+            f"{n.share:.1%}" if n.share else "",
+            _some(amount, n.macs),
+            _some(size, n.weight_bytes),
+        )
+        for n in shown
+    ]
+    heads = ("node", "op", "kernel", "runs as", "time", "share", "MACs", "weights")
+    title = "Nodes" if len(shown) == len(what.nodes) else f"The {len(shown)} dearest of {len(what.nodes)} nodes"
+    parts: list[RenderableType] = [
+        columns(totals, ("", "", ""), right=[1]),
+        _section("Operators", columns(ops, ("op", "runs as", "nodes", *heads[4:]), right=[2, 3, 4, 5, 6])),
+        _section(title, columns(nodes, heads, right=[4, 5, 6, 7])),
+    ]
+    if what.unknown:
+        names = ", ".join(what.unknown[:5]) + (", ..." if len(what.unknown) > 5 else "")
+        message = f"the cost of {_count(len(what.unknown), 'node')} is not known, so the sum is too low: {names}"
+        parts += [Text(), Text(message, style="yellow")]
+    return Group(*parts)
+
+
+# --- lists -------------------------------------------------------------------------------------
+
+
+def profiles(found: Sequence[Profile]) -> RenderableType:
+    """Profiles, one a row, with how far their numbers can be trusted."""
+    rows = [
+        (
+            p.name,
+            p.description,
+            p.provenance.status,
+            f"{p.provenance.error:.0%}" if p.provenance.error is not None else "?",
+        )
+        for p in found
+    ]
+    return columns(rows, ("name", "device", "numbers", "mean error"))
+
+
+def profile(what: Profile) -> RenderableType:
+    """One profile: the device, where its numbers come from, what each kernel costs."""
+    device, origin, quantization = what.device, what.provenance, what.quantization
+    facts = [
+        ("device", f"{device.cpu}, {_count(device.cores, 'core')} at {device.frequency_ghz:g} GHz"),
+        ("instructions", " ".join(device.isa)),
+        ("runtime", f"{what.runtime.name} {what.runtime.version}, {_count(what.runtime.threads, 'thread')}"),
+        (
+            "quantization",
+            f"{quantization.activation} activations, {quantization.weight_bits}-bit weights, "
+            f"{'per channel' if quantization.per_channel else 'per tensor'}",
+        ),
+        ("numbers", f"{origin.status}, {origin.date}: {origin.method}"),
+        ("source", origin.source),
+        ("mean error", f"{origin.error:.0%}" if origin.error is not None else "not measured"),
+        ("notes", origin.notes),
+    ]
+    rows = [
+        (
+            k.kind + (" (maps)" if k.on == "maps" else ""),
+            k.precision,
+            *map(_ns, (k.ns_fixed, k.ns_per_mac, k.ns_per_element, k.ns_per_weight, k.ns_per_patch)),
+            f"{k.fit_error:.0%}" if k.fit_error is not None else "",
+            k.source,
+        )
+        for k in what.kernels
+    ]
+    heads = ("kernel", "precision", "fixed", "MAC", "element", "weight", "patch", "fit error", "source")
+    return Group(
+        Text(f"{what.name}: {what.description}", style="bold"),
+        Text(),
+        columns([f for f in facts if f[1]], ("", "")),
+        _section("Kernels, in ns", _without_empty(rows, heads, right=(2, 3, 4, 5, 6, 7))),
+    )
+
+
+def _ns(value: float) -> str:
+    return f"{value:.4g}" if value else ""
+
+
+def passes(found: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Passes with their options, as ``passes list`` collects them."""
+    parts: list[RenderableType] = []
+    for one in found:
+        kind = ", ".join((one["stage"], "lossless" if one["lossless"] else "lossy"))
+        parts.append(Text.assemble((one["name"], "bold"), f"  ({kind})  {one['summary']}"))
+        rows = [(o["name"], o["type"], _option_default(o["default"])) for o in one["options"]]
+        if rows:
+            parts.append(Padding(columns(rows, ("option", "type", "default")), (0, 0, 0, 4)))
+        parts.append(Text())
+    return Group(*parts[:-1])
+
+
+def _option_default(value: object) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, Enum):
+        return str(value.value)
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(_option_default(v) for v in value)}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def zoo(models: Sequence[ZooModel], *, verbose: bool = False) -> RenderableType:
+    """The zoo; with ``verbose`` also what makes each model worth trying and how to feed it."""
+    rows = [
+        (m.name, size(m.wheel.size) if m.wheel else "", m.licence, m.wheel.requirement if m.wheel else "built here")
+        + (m.task,)
+        + (("; ".join(m.traits), "; ".join(map(str, m.inputs)), m.preprocessing) if verbose else ())
+        for m in models
+    ]
+    heads = ("name", "size", "licence", "from", "what it does")
+    return columns(rows, (*heads, "traits", "inputs", "preprocessing") if verbose else heads, right=[1])
+
+
+# --- numbers -----------------------------------------------------------------------------------
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units, three digits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 999.5 or unit == "GB":
+            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1000
+    return ""
+
+
+def amount(count: float) -> str:
+    """A count with three digits: 12.3 M."""
+    for unit in ("", " k", " M", " G", " T"):
+        if abs(count) < 999.5 or unit == " T":
+            return f"{count:.3g}{unit}" if unit else f"{count:.0f}"
+        count /= 1000
+    return ""
+
+
+def milliseconds(value: float) -> str:
+    """About three digits, never in exponential form; microseconds below a hundredth."""
+    if not math.isfinite(value):
+        return "?"
+    if 0 < abs(value) < 0.01:
+        return f"{1000 * value:.2g} us"
+    decimals = 3 if abs(value) < 1 else 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
+    return f"{value:.{decimals}f} ms"
+
+
+def decibel(value: float) -> str:
+    return "exact" if value == math.inf else "none" if value == -math.inf else f"{value:.1f} dB"
+
+
+def _ratio(before: float, after: float, less: str, more: str) -> str:
+    if before <= 0 or after <= 0 or not math.isfinite(before + after):
+        return ""
+    if before >= after:
+        return "the same" if before / after < 1.005 else f"{before / after:.2f}x {less}"
+    return "the same" if after / before < 1.005 else f"{after / before:.2f}x {more}"
+
+
+def _some(shown: Callable[[float], str], value: float) -> str:
+    """Nothing for zero: an empty cell reads better."""
+    return shown(value) if value else ""
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
