@@ -152,12 +152,23 @@ class Rewriter:
         return copy
 
     def set_weight(self, node: ir.Node, index: int, array: npt.NDArray[Any]) -> ir.Value:
-        """Gives one input of one node a new weight; other readers of the old one keep it."""
+        """Gives one input of one node a new weight; other readers of the old one keep it.
+
+        A weight nobody else read is gone afterwards, and the new one has its name.
+        """
         value = node.inputs[index] if index < len(node.inputs) else None
-        base = f"{value.name}_new" if value is not None else f"{node.name}_input{index}"
+        base = str(value.name) if value is not None else f"{node.name}_input{index}"
+        if value is not None and value.is_initializer() and len(value.uses()) == 1 and not value.is_graph_output():
+            self.set_input(node, index, None)
+            self._forget(value)
         fresh = self.constant(array, base, like=node)
         self.set_input(node, index, fresh)
         return fresh
+
+    def _forget(self, weight: ir.Value) -> None:
+        if isinstance(weight.graph, ir.Graph):
+            del weight.graph.initializers[str(weight.name)]
+        self._names.discard(str(weight.name))
 
     # --- nodes ---------------------------------------------------------------------------------
 
@@ -322,9 +333,7 @@ class Rewriter:
             stack += [p for v in read if (p := v.producer()) is not None]
             for value in read:
                 if value.is_initializer() and not value.uses() and not value.is_graph_output():
-                    graph = value.graph
-                    if isinstance(graph, ir.Graph) and graph.initializers.get(str(value.name)) is value:
-                        del graph.initializers[str(value.name)]
+                    self._forget(value)
         return before - len(self._nodes)
 
     def drop_outputs(self, node: ir.Node, keep: int) -> None:
