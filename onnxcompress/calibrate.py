@@ -90,7 +90,7 @@ def calibrate(
     }
     for sample, feed in enumerate(source if observed else ()):
         found = runner.run(feed, names) if runner is not None else {}
-        found |= {n: feed[n] for n in observed & inputs if feed[n].dtype == np.float32}
+        found |= {n: feed[n] for n in observed & inputs if getattr(feed[n], "dtype", None) == np.float32}
         for name, histogram in histograms.items():
             if name in found:
                 histogram.add(found[name])

@@ -112,8 +112,11 @@ class Preprocess:
 
 def read_image(path: Path, how: Preprocess) -> npt.NDArray[Any]:
     """One picture as an input of batch size 1, ``(1, C, H, W)`` or ``(1, H, W, C)``."""
-    with Image.open(path) as file:
-        image = file.convert("L" if how.channels == "L" else "RGB")
+    try:
+        with Image.open(path) as file:
+            image = file.convert("L" if how.channels == "L" else "RGB")
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{path} is too large a picture: {error}") from error
     if how.size is not None:
         image = _resized(image, how.size, how)
     array = np.asarray(image)
