@@ -2,10 +2,9 @@
 
 What graphsurgeon 0.6 does to a model, and what follows here:
 
-- 2-, 4- and 6-bit types: it unpacks such weights and writes the bytes of the unpacked array into the
-  packed type, or cannot write them at all: refused;
-- float8 and bfloat16: weights it has touched are rounded through float32, float8 e4m3fnuz under the
-  wrong type (e4m3fn): refused;
+- types below 8 bits: once a weight was looked at, the bytes of the unpacked array are written under
+  the packed type, which no one can read: refused;
+- float8: a weight of type e4m3fnuz that was looked at comes back as e4m3fn, another number: refused;
 - optional and map types come back as tensors: refused;
 - more than 1.9 GB of weights do not fit one message: refused;
 - metadata of nodes, values and graphs, quantization annotations and training information are dropped:
@@ -31,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _KEPT = frozenset(
     {
+        ir.DataType.BFLOAT16,
         ir.DataType.BOOL,
         ir.DataType.COMPLEX64,
         ir.DataType.COMPLEX128,

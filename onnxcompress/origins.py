@@ -298,20 +298,15 @@ def _named(raw: Mapping[str, Array], specs: Mapping[str, InputSpec]) -> dict[str
     return dict(raw)
 
 
+_UNREADABLE = (OSError, ValueError, EOFError, KeyError, SyntaxError, struct.error, zlib.error, zipfile.BadZipFile)
+"""What numpy, zipfile and Pillow raise for a damaged file."""
+
+
 @contextlib.contextmanager
 def _reading(path: Path, sample: int | None) -> Iterator[None]:
     try:
         yield
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        SyntaxError,
-        KeyError,
-        zipfile.BadZipFile,
-        zlib.error,
-        struct.error,
-    ) as error:
+    except _UNREADABLE as error:
         raise DataError(f"{path} cannot be read: {error}", sample=sample) from error
 
 

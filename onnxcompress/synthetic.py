@@ -22,8 +22,8 @@ class Synthetic:
     """Feeds from the declared shapes and types: standard normal floats, small integers.
 
     Dynamic axes: 1 for the first, 224 for height and width, 512 for the length of a (batch, length)
-    signal, 32 otherwise; the same for the same symbol. Integers that index a weight stay inside it, one that is compared with a constant equals
-    it, masks are 1, segment ids 0, positions count up.
+    signal, 32 otherwise; the same for the same symbol. Integers that index a weight stay inside it,
+    one that is compared with a constant equals it, masks are 1, segment ids 0, positions count up.
     """
 
     def __init__(self, model: ir.Model, specs: Mapping[str, InputSpec], count: int, seed: int) -> None:

@@ -23,10 +23,10 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(layer.split())
     for layer in (
         "errors",
-        "model report statistics images",
-        "view session data sizes ranges",
-        "rewrite coupling smooth calibrate work target",
-        "base profile evaluate interop",
+        "model report statistics images feeds",
+        "view session sizes ranges origins synthetic",
+        "rewrite coupling smooth data work target",
+        "base profile calibrate evaluate interop",
         "registry cost planner",
         "questions sensitivity trial",
         "pipeline inspection",
