@@ -36,7 +36,7 @@ from benchmarks.tasks import TASKS, BenchmarkError, Task, zoo_folder
 
 FP32 = "fp32"
 OURS = "onnxcompress"
-RIVALS = ("ort-static", "ort-dynamic")
+RIVALS = ("ort-static", "ort-dynamic", "ort-dynamic-prepared")
 
 # The targets.
 SCORE_LOSS = 0.01
