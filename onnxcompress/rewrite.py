@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxcompress.errors import RewriteError
-from onnxcompress.model import all_graphs
+from onnxcompress.model import all_graphs, compute
 from onnxcompress.view import REVISION, GraphView, body_nodes
 
 __all__ = ["Edit", "Rewriter", "can_be_output"]
@@ -99,11 +99,19 @@ class Rewriter:
 
     def find(self, name: str) -> ir.Value | None:
         """The value of this name anywhere in the model, or None."""
+        if name not in self._names:
+            return None
         value = self._values.get(name)
         if value is None or value.name != name or value.graph is None:
             self._index()
             value = self._values.get(name)
         return value
+
+    def compute(
+        self, values: Sequence[ir.Value], given: Mapping[str | None, npt.NDArray[Any]] | None = None
+    ) -> list[npt.NDArray[Any]]:
+        """Constants of the model as it is now; see :meth:`GraphView.compute`."""
+        return compute(self._model, values, given or {})
 
     def fresh(self, base: str) -> str:
         """A name nobody uses, ``base`` itself if it is free."""

@@ -99,7 +99,7 @@ class FoldConstants(Pass):
         arrays = [fold.given[v.name] for v in wanted if v.name in fold.given]
         if not arrays:
             try:
-                arrays = rewriter.view().compute(wanted, fold.given)
+                arrays = rewriter.compute(wanted, fold.given)
             except ModelRunError as error:
                 raise Skip(str(error)) from error
             size = sum(a.nbytes for a in arrays)
