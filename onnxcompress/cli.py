@@ -19,6 +19,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -128,7 +129,7 @@ def _command(group: click.Group, name: str, *examples: str) -> Callable[[Callabl
             if as_json:
                 click.echo(render.as_json(answer.document))
             else:
-                render.console(sys.stdout).print(answer.text)
+                render.show(answer.text, sys.stdout)
             return answer.status
 
         command = group.command(name, epilog=_examples(*examples))(run)
@@ -247,8 +248,11 @@ def _writable(path: Path, *, what: str) -> None:
         raise OutputError(f"{what}: there is no folder {folder}", hint="make it first")
     if path.is_dir():
         raise OutputError(f"{what}: {path} is a folder", hint="name a file")
-    if not os.access(folder, os.W_OK):
-        raise OutputError(f"{what}: {folder} is not writable", hint="choose another place")
+    try:  # os.access knows nothing of read-only mounts, and root may do anything by its account
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(f"{what}: cannot write in {folder}: {error.strerror}", hint="choose another place") from error
 
 
 def _same(a: Path, b: Path) -> bool:

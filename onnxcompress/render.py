@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -36,6 +37,7 @@ __all__ = [
     "profile",
     "profiles",
     "report",
+    "show",
     "zoo",
 ]
 
@@ -49,15 +51,18 @@ def console(file: IO[str]) -> Console:
 
     Names of nodes hold brackets and colons, so markup, emoji and highlighting are off.
     """
-    piped = not file.isatty() and "COLUMNS" not in os.environ
-    return Console(
-        file=file,
-        width=_PIPED_WIDTH if piped else None,
-        markup=False,
-        emoji=False,
-        highlight=False,
-        soft_wrap=False,
-    )
+    wide = not file.isatty() and "COLUMNS" not in os.environ
+    return Console(file=file, width=_PIPED_WIDTH if wide else None, markup=False, emoji=False, highlight=False)
+
+
+def show(text: RenderableType, file: IO[str]) -> None:
+    """Prints to ``file``; where it is no terminal, without the blanks tables end their lines with."""
+    if file.isatty():
+        console(file).print(text)
+        return
+    buffer = io.StringIO()
+    console(buffer).print(text)
+    file.writelines(line.rstrip() + "\n" for line in buffer.getvalue().splitlines())
 
 
 def as_json(document: object) -> str:
@@ -431,7 +436,7 @@ def profile(what: Profile) -> RenderableType:
     return Group(
         Text(f"{what.name}: {what.description}", style="bold"),
         Text(),
-        columns([f for f in facts if f[1]], ("", "")),
+        columns([(name, " ".join(fact.split())) for name, fact in facts if fact], ("", "")),
         _section("Kernels, in ns", _without_empty(rows, heads, right=(2, 3, 4, 5, 6, 7))),
     )
 

@@ -93,5 +93,6 @@ def test_a_wrong_option_is_named(site: Path, tmp_path: Path, model: Path) -> Non
 
 
 def test_the_readme_shows_this_very_pass() -> None:
-    shown = (PACKAGE / "round_weights.py").read_text(encoding="utf-8").partition("\n\n")[2].strip()
-    assert shown in (ROOT / "README.md").read_text(encoding="utf-8")
+    code = (PACKAGE / "round_weights.py").read_text(encoding="utf-8")
+    shown = code[code.index("from dataclasses") :].strip()
+    assert f"```python\n{shown}\n```" in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxcompress.base import Choice, Pass, Site, Skip
+from onnxcompress import Choice, Pass, Site, Skip
 
 
 @dataclass(frozen=True)
