@@ -94,7 +94,7 @@ def onnxcompress(model: Path, output: Path, feeds: Feeds, profile: str) -> str:
     """This project, with the default budget."""
     import onnxcompress as library
 
-    library.optimize(model, profile=profile, calibration=feeds, output=output)  # type: ignore[attr-defined]
+    library.optimize(model, profile=profile, calibration=feeds, output=output)
     return ""
 
 
