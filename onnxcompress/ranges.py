@@ -2,8 +2,10 @@
 
 Rounding to ``levels`` equal steps over ``[a, b]`` costs ``d**2 / 12`` per value with
 ``d = (b - a) / (levels - 1)``; clipping costs the squared distance to the range. Their sum is the
-expected squared error that :attr:`RangeMethod.MSE` makes smallest. It holds where the density is
-flat over one step; values at zero cost nothing, because zero is always exactly representable.
+expected squared error whose minimum :attr:`RangeMethod.MSE` looks for. It holds where the density is
+flat over one step; values at zero cost nothing, because zero is always exactly representable. Where
+it does not hold (spikes, as a Clip leaves them, or few levels), the ranges around the minimum are
+tried on the histogram with real rounding.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ Floats = npt.NDArray[np.float64]
 
 _GRID = 128
 _BINS_PER_LEVEL = 2
+_AROUND = (0.8, 0.9, 1.0, 1.12, 1.25)
 
 
 def clip_range(
@@ -89,8 +92,9 @@ def _between(share: Floats, edges: Floats, index: int, wanted: float) -> float:
 
 def _least_squares(histogram: Histogram, low: float, high: float, levels: int) -> tuple[float, float]:
     """Minimum over a grid of ends of ``d**2 / 12 * inside + clipped_low + clipped_high``."""
-    centers, counts = _centers(histogram), histogram.counts.astype(np.float64)
-    at_zero = (np.abs(centers) <= histogram.bin_width) & (counts > 0)
+    some = histogram.counts > 0
+    centers, counts = _centers(histogram)[some], histogram.counts[some].astype(np.float64)
+    at_zero = np.abs(centers) <= histogram.bin_width
     flat = np.where(at_zero, 0.0, counts)  # what rounding costs d**2 / 12
     grid = np.linspace(1 / _GRID, 1, _GRID)
     ends_low = low * grid if low < 0 else np.zeros(1)
@@ -106,7 +110,18 @@ def _least_squares(histogram: Histogram, low: float, high: float, levels: int) -
         fine = np.linspace(-1 / _GRID, 1 / _GRID, 33)
         ends_low = np.clip(best[0] + low * fine, low, 0.0) if low < 0 else np.zeros(1)
         ends_high = np.clip(best[1] + high * fine, 0.0, high) if high > 0 else np.zeros(1)
-    return best
+    around = [(max(best[0] * a, low), min(best[1] * b, high)) for a in _AROUND for b in _AROUND]
+    return min([best, *around, (low, high)], key=lambda ends: _rounding_cost(centers, counts, ends, levels))
+
+
+def _rounding_cost(centers: Floats, counts: Floats, ends: tuple[float, float], levels: int) -> float:
+    low, high = ends
+    if high <= low:
+        return np.inf
+    step = (high - low) / (levels - 1)
+    zero = np.rint(-low / step)
+    error = centers - (np.clip(np.rint(centers / step) + zero, 0, levels - 1) - zero) * step
+    return float(np.dot(error * error, counts))
 
 
 def _tail(centers: Floats, counts: Floats, flat: Floats, ends: Floats, sign: int) -> tuple[Floats, Floats]:
