@@ -742,7 +742,7 @@ def gather(precision: str, vocabulary: int, ids: int, width: int) -> Link:
 # ---- measuring ---------------------------------------------------------------------------------------------
 
 
-class NotFused(Exception):
+class NotFusedError(Exception):
     """The optimized graph does not run the link with the expected operators."""
 
 
@@ -766,7 +766,7 @@ def optimized_ops(model: onnx.ModelProto) -> list[str]:
 
 
 def check_fused(link: Link) -> None:
-    """Raise NotFused if the optimized graph does not run a link as meant.
+    """Raise NotFusedError if the optimized graph does not run a link as meant.
 
     Every node must have become one of the expected operators, and a longer quantized chain must not hold
     more QuantizeLinear and DequantizeLinear than a short one.
@@ -776,12 +776,12 @@ def check_fused(link: Link) -> None:
         return
     ops = optimized_ops(link.build(SHORT))
     if link.expect and sum(op in link.expect for op in ops) != SHORT * link.nodes:
-        raise NotFused(f"runs as {sorted(set(ops))}")
+        raise NotFusedError(f"runs as {sorted(set(ops))}")
     if quantized:
         longer = optimized_ops(link.build(SHORT + 1))
         boundaries = [sum(op in ("QuantizeLinear", "DequantizeLinear") for op in graph) for graph in (ops, longer)]
         if boundaries[1] > boundaries[0] + 2 * link.parallel:
-            raise NotFused(f"stays float: {sorted(set(ops))}")
+            raise NotFusedError(f"stays float: {sorted(set(ops))}")
 
 
 def feeds(model: onnx.ModelProto, seed: int = 1) -> dict[str, Array]:
@@ -819,10 +819,10 @@ class Stopwatch:
         self.session.run_with_iobinding(self.binding)
 
     def run(self, repeats: int = 1) -> None:
-        start = time.perf_counter()
+        start = time.thread_time()  # one thread, so what other processes take does not count
         for _ in range(repeats):
             self.session.run_with_iobinding(self.binding)
-        self.times.append((time.perf_counter() - start) / repeats)
+        self.times.append((time.thread_time() - start) / repeats)
 
     def seconds(self) -> float:
         return float(np.percentile(self.times, 10))
@@ -855,7 +855,7 @@ def measure(selected: Iterable[Link], budget: float) -> Iterator[Row]:
         try:
             check_fused(link)
             seconds = link_seconds(link, budget)
-        except NotFused as error:
+        except NotFusedError as error:
             print("not fused:", link.kind, link.precision, link.label, error, file=sys.stderr)
             continue
         if seconds <= 0:
@@ -910,8 +910,18 @@ def fusions() -> Iterator[tuple[str, str, list[str]]]:
             shapes = [(8, 32)] if producer == "Gemm" else shapes
             consumers = (*ACTIVATIONS, *WITH_CONSTANT)
             gone = [c for c in consumers if all(_vanishes(precision, producer, c, shape) for shape in shapes)]
+            if precision == "f32" and producer == "Conv" and _pad_vanishes():
+                gone.append("Pad")
             if gone:
                 yield precision, producer, gone
+
+
+def _pad_vanishes() -> bool:
+    def emit(chain: Chain, x: str) -> str:
+        padded = chain.op("Pad", [x, chain.const(np.array([0, 0, 1, 1, 0, 0, 1, 1], np.int64))])
+        return chain.op("Conv", [padded, chain.const(chain.normal(32, 32, 3, 3))])
+
+    return "Pad" not in optimized_ops(Link("fusion", "f32", "", emit, (1, 32, 8, 8)).build(1))
 
 
 def _vanishes(precision: str, producer: str, consumer: str, shape: tuple[int, ...]) -> bool:
@@ -1009,7 +1019,7 @@ def fit(rows: Sequence[Row], per_node: float) -> Fit:
     grid: list[tuple[int, int, float]] = [(1, 1, 1.0)]
     blocks = (1, 4, 8, 16) if first.kind in CONVOLUTIONS else (1,)
     grid += [(block, 1, 1.0) for block in blocks[1:]]
-    if len(rows) >= 7 and first.kind in CONVOLUTIONS or first.kind.endswith("Pool"):
+    if (len(rows) >= 7 and first.kind in CONVOLUTIONS) or first.kind.endswith("Pool"):
         factors = (1.3, 1.6, 2.0, 2.5, 3.0, 4.0, 5.0, 8.0, 20.0, 80.0)
         grid += [(block, to, factor) for block in blocks for to in (4, 8, 16) for factor in factors]
     best: Fit | None = None
@@ -1038,11 +1048,48 @@ def fit(rows: Sequence[Row], per_node: float) -> Fit:
     return best
 
 
-def fits(rows: Sequence[Row], per_node: float) -> list[Fit]:
+def fits(rows: Sequence[Row], per_node: float, cache_bytes: int = 0) -> tuple[list[Fit], float]:
+    """All kernels, and the nanoseconds that a byte of weights costs on top if it comes from memory.
+
+    A chain whose weights exceed the cache runs at the speed of memory, one that fits does not. Kernels are
+    fitted to chains that fit (all of them if ``cache_bytes`` is 0); what the others take longer than their
+    kernel says is the cost of memory, of which the median is given.
+    """
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for r in rows:
         groups.setdefault((r.kind, r.precision, r.on), []).append(r)
-    return [fit(group, per_node) for group in groups.values()]
+    found: list[Fit] = []
+    extra: list[float] = []
+    for group in groups.values():
+        cold = [r for r in group if 0 < cache_bytes < LONG * weight_bytes(r)]
+        warm = [r for r in group if r not in cold]
+        if len(warm) < 4:
+            cold, warm = [], group
+        found.append(fit(warm, per_node))
+        extra += [1e9 * (r.seconds - predict(found[-1], r, per_node)) / weight_bytes(r) for r in cold]
+    return found, max(0.0, float(np.median(extra))) if extra else 0.0
+
+
+def weight_bytes(r: Row) -> int:
+    return r.weights * (4 if r.precision == "f32" else 1)
+
+
+def predict(f: Fit, r: Row, per_node: float) -> float:
+    """Seconds of a link by a fit."""
+    ns = (
+        f.fixed * r.nodes
+        + f.per_mac * padded_macs(r, f.channel_block)
+        + f.per_element * r.elements
+        + f.per_weight * r.weights
+        + f.per_patch * r.patches
+    )
+    return per_node * r.nodes + 1e-9 * ns * (1.0 if aligned(r, f.aligned_to) else f.misaligned_factor)
+
+
+def usable_cache() -> int:
+    """Half of the last-level cache in bytes, as other cores use it too; 0 if it cannot be told (Linux only)."""
+    sizes = sorted(pathlib.Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
+    return int(sizes[-1].read_text().strip().removesuffix("K")) * 1024 // 2 if sizes else 0
 
 
 STANDS_FOR = {
@@ -1075,18 +1122,17 @@ def toml(found: Sequence[Fit], fused: Iterable[tuple[str, str, list[str]]]) -> s
         if f.aligned_to > 1:
             lines += [f"aligned_to = {f.aligned_to}", f"misaligned_factor = {f.misaligned_factor}"]
         lines += [f"fit_error = {f.mean_error:.2f}", ""]
-    for precision, producer, consumers in fused:
-        constants = [c for c in consumers if c in WITH_CONSTANT]
-        free = [c for c in consumers if c not in WITH_CONSTANT]
-        for names, constant in ((free, False), (constants, True)):
+    for precision, op_type, absorbed in fused:
+        rules = {
+            "": [n for n in absorbed if n not in (*WITH_CONSTANT, "Pad")],
+            "constant_operand = true": [n for n in absorbed if n in WITH_CONSTANT],
+            'side = "before"': [n for n in absorbed if n == "Pad"],
+        }
+        for condition, names in rules.items():
             if names:
-                lines += [
-                    "[[fusion]]",
-                    f'producer = "{producer}"',
-                    f'precision = "{precision}"',
-                    "consumers = [" + ", ".join(f'"{n}"' for n in names) + "]",
-                ]
-                lines += ["constant_operand = true", ""] if constant else [""]
+                quoted = ", ".join(f'"{n}"' for n in names)
+                lines += ["[[fusion]]", f'op = "{op_type}"', f"absorbs = [{quoted}]", f'precision = "{precision}"']
+                lines += [condition, ""] if condition else [""]
     return "\n".join(lines)
 
 
@@ -1111,6 +1157,9 @@ def main() -> None:
     parser.add_argument("--rows", type=pathlib.Path, help="write the measurements as CSV")
     parser.add_argument("--from-rows", type=pathlib.Path, help="fit measurements written by --rows")
     parser.add_argument("--profile", type=pathlib.Path, help="write the kernels as TOML")
+    parser.add_argument(
+        "--cache-bytes", type=int, help="cache that weights may stay in; half the last level's if not given"
+    )
     arguments = parser.parse_args()
     only = set(filter(None, arguments.only.split(",")))
     start = time.perf_counter()
@@ -1134,8 +1183,12 @@ def main() -> None:
         ]
     if arguments.rows:
         write_rows(arguments.rows, rows)
-    found = fits([r for r in rows if not r.kind.startswith("per_")], per_node)
-    print(f"onnxruntime {ort.__version__}: {per_run * 1e9:.0f} ns per run, {per_node * 1e9:.0f} ns per node")
+    cache = usable_cache() if arguments.cache_bytes is None else arguments.cache_bytes
+    found, per_byte = fits([r for r in rows if not r.kind.startswith("per_")], per_node, 3 * cache // 2)
+    print(
+        f"onnxruntime {ort.__version__}: {per_run * 1e9:.0f} ns per run, {per_node * 1e9:.0f} ns per node, "
+        f"{per_byte:.3f} ns per weight byte beyond {cache} bytes"
+    )
     print(
         f"{'kind':18}{'on':5}{'precision':10}{'n':>3}{'mean':>7}{'worst':>7}{'GMAC/s':>9}{'ns/el':>9}{'ns/w':>9}{'ns/patch':>9}{'fixed ns':>10}{'block':>6}{'align':>9}"
     )
@@ -1147,6 +1200,8 @@ def main() -> None:
         )
     if arguments.profile:
         overhead = f"[overhead]\nns_per_run = {per_run * 1e9:.0f}\nns_per_node = {per_node * 1e9:.0f}\n\n"
+        if per_byte:
+            overhead += f"[memory]\ncache_bytes = {cache}\nns_per_byte = {per_byte:.3f}\n\n"
         arguments.profile.write_text(overhead + toml(found, fusions()))
     print(f"{time.perf_counter() - start:.0f} s")
 

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
 import onnx_ir as ir
 
-from onnxcompress.profile import Kernel, Profile
+from onnxcompress.profile import Fusion, Kernel, Profile
 from onnxcompress.view import GraphView
-from onnxcompress.work import NodeWork, Shapes, is_constant, work_of
+from onnxcompress.work import FAMILY, NodeWork, Shapes, is_constant, work_of
 
 __all__ = ["CostModel", "ModelCost", "NodeCost", "NodeWork", "work_of"]
 
@@ -102,6 +102,8 @@ class CostModel:
 
     Args:
         profile: the device.
+        misses: share of the weights that comes from memory in every run, 0..1; a matter of the whole
+            model, see :meth:`for_model`.
 
     Example:
         >>> from onnxcompress.profile import load_profile
@@ -114,6 +116,11 @@ class CostModel:
     """
 
     profile: Profile
+    misses: float = 0.0
+
+    def for_model(self, view: GraphView, shapes: Shapes) -> CostModel:
+        """These prices where the nodes of a model, and so the misses of its weights, are meant."""
+        return _Count(self, view, shapes).settled()
 
     def node(self, work: NodeWork, precision: str = "f32") -> float | None:
         """Seconds of one node at a precision; None if the device cannot run it so.
@@ -121,7 +128,14 @@ class CostModel:
         Unknown shapes count as no work (``work.known`` tells).
         """
         kernel = self.profile.kernel(work.kind, precision, op_type=_float_name(work.op_type), maps=work.maps)
-        return None if kernel is None else 1e-9 * (self.profile.overhead.ns_per_node + _nanoseconds(kernel, work))
+        if kernel is None:
+            return None
+        seconds = 1e-9 * (self.profile.overhead.ns_per_node + _nanoseconds(kernel, work))
+        if self.profile.memory is not None:
+            seconds += (
+                1e-9 * self.profile.memory.ns_per_byte * self.misses * work.weights * _bytes_per_weight(precision)
+            )
+        return seconds
 
     def convert(self, elements: int, direction: Literal["quantize", "dequantize"], *, maps: bool = False) -> float:
         """Seconds of a QuantizeLinear or DequantizeLinear of its own.
@@ -161,6 +175,10 @@ def _nanoseconds(kernel: Kernel, work: NodeWork) -> float:
     )
 
 
+def _bytes_per_weight(precision: str) -> int:
+    return 4 if precision == "f32" else 1
+
+
 def _float_name(op_type: str) -> str:
     """The float operator behind an integer one: QLinearConv is a Conv."""
     for prefix in ("QLinear", "DynamicQuantize"):
@@ -179,9 +197,22 @@ class _Count:
     inside: dict[ir.Node, ir.Node] = field(default_factory=dict)  # node -> the node whose kernel runs it
     integer: set[ir.Node] = field(default_factory=set)
 
+    def settled(self) -> CostModel:
+        memory = self.cost.profile.memory
+        if memory is None:
+            return self.cost
+        if not self.inside:
+            self._fuse(self.view.nodes())
+        work = ((work_of(self.view, n, self.shapes), self._precision(n)) for n in self.view.nodes())
+        resident = sum(w.weights * _bytes_per_weight(precision) for w, precision in work)
+        # Weights are read in turn, so a cache that keeps the latest soon keeps none of the next run's.
+        over = (resident - memory.cache_bytes) / max(memory.cache_bytes, 1)
+        return replace(self.cost, misses=min(max(over, 0.0), 1.0))
+
     def result(self) -> ModelCost:
         nodes = self.view.nodes()
         self._fuse(nodes)
+        self.cost = self.settled()
         rows = {node: self._row(node) for node in nodes}
         for node in self._other_branches(rows):
             rows[node] = _priced(rows[node], 0.0)
@@ -208,8 +239,9 @@ class _Count:
             if node.op_type == "MatMulInteger":
                 self._fuse_dynamic(node)
             elif not self._fuse_integer(node):
-                for follower in self._followers(node, "f32"):
-                    self.inside[follower] = node
+                self.inside.update(dict.fromkeys(self._followers(node, "f32"), node))
+                if (feeder := self._predecessor(node)) is not None:
+                    self.inside[feeder] = node
         for node in nodes:
             if node.op_type == "DequantizeLinear":
                 readers = [n for n, _ in self.view.consumers(node.outputs[0])]
@@ -218,19 +250,33 @@ class _Count:
 
     def _followers(self, node: ir.Node, precision: str) -> list[ir.Node]:
         """Nodes that vanish into a producer, one behind the other."""
-        rules = [f for f in self.cost.profile.fusions if f.precision == precision and f.producer == node.op_type]
+        rules = self._rules(node, precision, "after")
         found: list[ir.Node] = []
         last = node
         while (reader := self._only_reader(last)) is not None:
             others = [v for v in reader.inputs if v is not None and v is not last.outputs[0]]
             constant = all(is_constant(self.view, v) for v in others)
-            if not any(reader.op_type in f.consumers and (constant or not f.constant_operand) for f in rules):
+            if not any(reader.op_type in f.absorbs and (constant or not f.constant_operand) for f in rules):
                 break
             if len(others) != sum(v is not None for v in reader.inputs) - 1:
                 break
             found.append(reader)
             last = reader
         return found
+
+    def _rules(self, node: ir.Node, precision: str, side: str) -> list[Fusion]:
+        fusions = self.cost.profile.fusions
+        return [f for f in fusions if (f.op, f.precision, f.side) == (node.op_type, precision, side)]
+
+    def _predecessor(self, node: ir.Node) -> ir.Node | None:
+        """The node that vanishes into the one it feeds, as a Pad does into a Conv."""
+        rules = self._rules(node, "f32", "before")
+        feeder = self.view.producer(node.inputs[0]) if rules and node.inputs[0] is not None else None
+        if feeder is None or self._only_reader(feeder) is not node:
+            return None
+        constant = all(v is None or is_constant(self.view, v) for v in feeder.inputs[1:])
+        absorbed = any(feeder.op_type in f.absorbs and (constant or not f.constant_operand) for f in rules)
+        return feeder if absorbed else None
 
     def _only_reader(self, node: ir.Node) -> ir.Node | None:
         if len(node.outputs) != 1 or self.view.is_output(node.outputs[0]):
@@ -241,6 +287,8 @@ class _Count:
     def _fuse_integer(self, node: ir.Node) -> bool:
         """Whether a node between DequantizeLinear and QuantizeLinear is an integer kernel."""
         data = [v for v in node.inputs if v is not None and not is_constant(self.view, v)]
+        if node.op_type == "Gather":  # looks up integers in an integer table, whatever the indices are
+            data = [v for v in node.inputs[:1] if v is not None]
         fed = [self.view.producer(v) for v in data]
         if not fed or any(n is None or n.op_type != "DequantizeLinear" for n in fed):
             return False
@@ -275,11 +323,9 @@ class _Count:
 
     def _row(self, node: ir.Node) -> NodeCost:
         work = work_of(self.view, node, self.shapes)
-        precision = "f32"
-        if node in self.integer or node.op_type.startswith("QLinear"):
-            precision = "u8s8"
-        elif node.op_type in ("MatMulInteger", "ConvInteger", "DynamicQuantizeLSTM"):
-            precision = "dynamic"
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            work = replace(work, maps=work.maps and self._keeps_layout(node))
+        precision = self._precision(node)
         known, seconds = work.known, 0.0
         inside = self.inside.get(node)
         if inside is None and node.op_type not in _REMOVED and not self._folded(node):
@@ -290,6 +336,18 @@ class _Count:
             work.name, work.op_type, work.kind, precision, work.macs, work.params, size, seconds, 0.0,
             "" if inside is None else str(inside.name), known or inside is not None,
         )  # fmt: skip
+
+    def _keeps_layout(self, node: ir.Node) -> bool:
+        """Whether the float side of a conversion is a kernel with a layout of its own, not a mere move."""
+        quantizes = node.op_type == "QuantizeLinear"
+        maker = self.view.producer(node.inputs[0]) if quantizes and node.inputs[0] is not None else None
+        others = [maker] if quantizes else [n for n, _ in self.view.consumers(node.outputs[0])]
+        return any(n is not None and FAMILY.get(n.op_type) not in ("move", "free") for n in others)
+
+    def _precision(self, node: ir.Node) -> str:
+        if node in self.integer or node.op_type.startswith("QLinear"):
+            return "u8s8"
+        return "dynamic" if node.op_type in ("MatMulInteger", "ConvInteger", "DynamicQuantizeLSTM") else "f32"
 
     def _folded(self, node: ir.Node) -> bool:
         """Computed once, when the model is loaded. Of a DequantizeLinear that is not so."""
@@ -390,10 +448,7 @@ class _Count:
 
 
 def _priced(row: NodeCost, seconds: float, total: float = 0.0) -> NodeCost:
-    return NodeCost(
-        row.name, row.op_type, row.kind, row.precision, row.macs, row.params, row.weight_bytes, seconds,
-        seconds / total if total else 0.0, row.inside, row.known,
-    )  # fmt: skip
+    return replace(row, seconds=seconds, share=seconds / total if total else 0.0)
 
 
 def _bodies(node: ir.Node) -> Iterator[ir.Graph]:

@@ -8,7 +8,8 @@ linear in its work and no coefficient is negative, so more work never costs less
         + ns_per_patch * patches
 
 with ``macs`` counted at channels rounded up to ``channel_block``, the whole times ``misaligned_factor``
-where a channel count is no multiple of ``aligned_to``. Names are looked up as a file, then in the
+where a channel count is no multiple of ``aligned_to``; and ``memory`` prices weights that have to come
+from memory because the model as a whole does not fit into the cache. Names are looked up as a file, then in the
 folders of ``ONNXCOMPRESS_PROFILES``, then in the user's configuration folder, then among those
 shipped.
 """
@@ -29,7 +30,7 @@ from typing import Annotated, Any, Literal
 
 import onnx.defs
 import platformdirs
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from onnxcompress.errors import ProfileError, UnknownProfileError, suggest
 from onnxcompress.target import Target
@@ -41,6 +42,7 @@ __all__ = [
     "Energy",
     "Fusion",
     "Kernel",
+    "Memory",
     "Profile",
     "Provenance",
     "list_profiles",
@@ -136,6 +138,20 @@ class Overhead(_Table):
     ns_per_node: Nanoseconds
 
 
+class Memory(_Table):
+    """What weights cost that do not stay in the cache from one run to the next.
+
+    Attributes:
+        cache_bytes: weights that together take no more than this stay; twice as many all come from memory.
+        ns_per_byte: for every byte that comes from memory, on top of the kernel.
+        source: where the numbers come from.
+    """
+
+    cache_bytes: int = Field(ge=0)
+    ns_per_byte: Nanoseconds
+    source: str = ""
+
+
 class Kernel(_Table):
     """Price of a kernel kind, or of one operator type, at a precision.
 
@@ -170,26 +186,28 @@ class Kernel(_Table):
     fit_error: float | None = Field(default=None, ge=0)
     source: str = ""
 
-    @model_validator(mode="after")
-    def _known_kind(self) -> Kernel:
-        if self.kind not in KINDS and not re.fullmatch(r"[A-Z]\w*", self.kind):
-            near = suggest(self.kind, KINDS)
-            raise ValueError(f"kind {self.kind!r} is neither a kernel kind nor an operator type; {near}")
-        return self
+    @field_validator("kind")
+    @classmethod
+    def _known_kind(cls, kind: str) -> str:
+        if kind not in KINDS and not re.fullmatch(r"[A-Z]\w*", kind):
+            raise ValueError(f"{kind!r} is neither a kernel kind nor an operator type; {suggest(kind, KINDS)}")
+        return kind
 
 
 class Fusion(_Table):
-    """Nodes that vanish into their producer when it has no other reader.
+    """Nodes that cost nothing because the runtime makes them part of a neighbour.
 
     Attributes:
-        producer: operator type.
-        consumers: operator types that cost nothing behind it.
-        precision: how the producer runs.
-        constant_operand: only if all other inputs of the consumer are constant.
+        op: operator type of the neighbour.
+        absorbs: operator types it takes in, if nothing else reads the value between them.
+        side: ``after``: those that read its output; ``before``: those that make its first input.
+        precision: how the neighbour runs.
+        constant_operand: only if all other inputs of the absorbed node are constant.
     """
 
-    producer: str
-    consumers: Annotated[tuple[str, ...], _LIST] = Field(min_length=1)
+    op: str
+    absorbs: Annotated[tuple[str, ...], _LIST] = Field(min_length=1)
+    side: Literal["after", "before"] = "after"
     precision: Precision = "f32"
     constant_operand: bool = False
 
@@ -217,6 +235,7 @@ class Profile(_Table):
     runtime: Runtime
     quantization: Quantization
     overhead: Overhead
+    memory: Memory | None = None
     kernels: Annotated[tuple[Kernel, ...], _LIST] = Field(alias="kernel", min_length=1)
     fusions: Annotated[tuple[Fusion, ...], _LIST] = Field(default=(), alias="fusion")
     energy: Energy | None = None
@@ -363,9 +382,9 @@ def _syntax_error(message: str, text: str, shown: str) -> ProfileError:
 
 
 def _schema_error(error: ValidationError, data: dict[str, Any], text: str, shown: str) -> ProfileError:
-    problems = sorted((_problem(dict(e), data, text) for e in error.errors(include_url=False)), key=lambda p: p[0] or 0)
+    problems = sorted((_problem(dict(e), data, text) for e in error.errors(include_url=False)), key=lambda p: (p[0] is None, p[0] or 0))
     line, message, hint = problems[0]
-    more = "".join(f"\n{shown}:{ln or ''}: {m}" for ln, m, _ in problems[1:])
+    more = "".join(f"\n{shown}:{'' if ln is None else f'{ln}:'} {m}" for ln, m, _ in problems[1:])
     return ProfileError(message + more, path=shown, line=line, hint=hint)
 
 
@@ -394,7 +413,7 @@ def _keys(where: Iterable[str | int]) -> list[str]:
     """Keys a table may have."""
     tables: dict[str, type[_Table]] = {
         "device": Device, "provenance": Provenance, "runtime": Runtime, "quantization": Quantization,
-        "overhead": Overhead, "kernel": Kernel, "fusion": Fusion, "energy": Energy,
+        "overhead": Overhead, "memory": Memory, "kernel": Kernel, "fusion": Fusion, "energy": Energy,
     }  # fmt: skip
     names = [p for p in where if isinstance(p, str)]
     table = tables.get(names[0], Profile) if names else Profile

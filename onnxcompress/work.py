@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -170,6 +170,8 @@ def work_of(view: GraphView, node: ir.Node, shapes: Shapes) -> NodeWork:
     if kind == "gather":
         fetched = common.elements_out if constants else 0
         return common.work(kind, weights=fetched)
+    if kind == "dequantize" and constants:  # of a weight: all of it is read and written like an activation
+        return replace(common, elements_in=common.elements_out).work(kind)
     if op in ("Resize", "Upsample") and _text(node, "mode", "nearest") != "nearest":
         kind = "resize_linear"
     channels = first[1] if kind == "pool" and first is not None and len(first) > 1 else 0

@@ -1,0 +1,254 @@
+"""Profiles: the shipped ones are sound, and a wrong file says what is wrong, where."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from onnxcompress.errors import ProfileError, UnknownProfileError
+from onnxcompress.profile import list_profiles, load_profile
+
+SMALL = """\
+schema = 1
+name = "small"
+description = "a device made up for tests"
+
+[device]
+cpu = "none"
+cores = 1
+frequency_ghz = 1.0
+
+[provenance]
+status = "spec"
+method = "made up"
+source = "this test"
+date = 2026-11-23
+notes = '''
+[device]
+cores = "not a key, but text"
+'''
+
+[runtime]
+name = "onnxruntime"
+version = "1.32.0"
+threads = 1
+contrib_ops = false
+
+[quantization]
+activation = "u8"
+weight_bits = 8
+per_channel = true
+channel_multiple = 8
+
+[overhead]
+ns_per_run = 0
+ns_per_node = 100
+
+[[kernel]]
+kind = "conv"
+precision = "f32"
+ns_per_mac = 0.1
+
+[[kernel]]
+kind = "conv"
+precision = "u8s8"
+ns_per_mac = 0.05
+
+[[kernel]]
+kind = "matmul"
+precision = "f32"
+ns_per_mac = 0.1
+
+[[kernel]]
+kind = "elementwise"
+precision = "f32"
+ns_per_element = 1
+
+[[kernel]]
+kind = "move"
+precision = "f32"
+ns_per_element = 1
+
+[[kernel]]
+kind = "Add"
+precision = "u8s8"
+ns_per_element = 0.5
+
+[[kernel]]
+kind = "free"
+precision = "f32"
+
+[[fusion]]
+op = "Conv"
+absorbs = ["Relu"]
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write(text: str, name: str = "small.toml") -> Path:
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def line_of(text: str, needle: str) -> int:
+    return text[: text.index(needle)].count("\n") + 1
+
+
+def fails(path: Path) -> ProfileError:
+    with pytest.raises(ProfileError) as caught:
+        load_profile(path)
+    return caught.value
+
+
+# ---- shipped ---------------------------------------------------------------------------------------------
+
+
+def test_shipped_profiles() -> None:
+    assert {"cortex-a53", "cortex-a72", "cortex-a76", "host-x86-vnni", "x86-avx2"} <= set(list_profiles())
+
+
+@pytest.mark.parametrize("name", list_profiles())
+def test_shipped_profile_is_complete(name: str) -> None:
+    profile = load_profile(name)
+    assert profile.name == name
+    assert profile.provenance.source and profile.provenance.notes
+    for kind in ("conv", "conv_pointwise", "conv_depthwise", "matmul", "matmul_rows1", "elementwise", "softmax", "lstm"):
+        assert profile.kernel(kind, "f32") is not None
+    for kind in ("quantize", "dequantize"):
+        assert profile.kernel(kind, "f32", maps=True) is not None
+    target = profile.target()
+    assert target.has("Conv", "u8s8") and target.has("MatMul", "dynamic")
+    assert target.has("HardSwish", "f32") and not target.has("HardSwish", "u8s8")
+    assert target.has("MaxPool", "u8s8") and not target.has("Pad", "u8s8")
+
+
+def test_weights_are_cut_to_seven_bits_only_where_products_saturate() -> None:
+    assert load_profile("x86-avx2").target().weight_bits == 7
+    assert load_profile("host-x86-vnni").target().weight_bits == 8
+
+
+# ---- lookup ----------------------------------------------------------------------------------------------
+
+
+def test_unknown_name_suggests() -> None:
+    with pytest.raises(UnknownProfileError, match="cortex-a53"):
+        load_profile("cortex-a35")
+
+
+def test_profiles_of_the_user(write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(SMALL)
+    monkeypatch.setenv("ONNXCOMPRESS_PROFILES", f"{tmp_path}{os.pathsep}{tmp_path / 'missing'}")
+    assert "small" in list_profiles()
+    assert load_profile("small").device.cpu == "none"
+
+
+def test_the_first_folder_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "small.toml").write_text(SMALL.replace('cpu = "none"', f'cpu = "{folder}"'))
+    monkeypatch.setenv("ONNXCOMPRESS_PROFILES", os.pathsep.join(str(tmp_path / f) for f in ("a", "b")))
+    assert load_profile("small").device.cpu == "a"
+
+
+def test_kernel_lookup_goes_from_operator_to_family_and_from_maps_to_any(write) -> None:
+    text = SMALL + '\n[[kernel]]\nkind = "Add"\nprecision = "f32"\non = "maps"\nns_per_element = 7\n'
+    profile = load_profile(write(text))
+    add = {maps: profile.kernel("elementwise", "f32", op_type="Add", maps=maps) for maps in (False, True)}
+    assert add[True].ns_per_element == 7
+    assert add[False].ns_per_element == 1
+    assert profile.kernel("elementwise", "u8s8", op_type="Relu") is None
+
+
+def test_target_of_a_profile(write) -> None:
+    target = load_profile(write(SMALL)).target()
+    assert (target.activation, target.weight_bits, target.channel_multiple, target.contrib_ops) == ("u8", 8, 8, False)
+    assert target.has("Conv", "u8s8") and target.has("conv", "u8s8")
+    assert target.has("Add", "u8s8") and target.has("Relu", "f32")
+    assert not target.has("Relu", "u8s8") and not target.has("MatMul", "u8s8") and not target.has("LSTM", "f32")
+
+
+# ---- errors ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "message"),
+    [
+        ("cores = 1", 'cores = "one"', "device.cores"),
+        ("cores = 1", "cores = 0", "greater than or equal to 1"),
+        ("ns_per_mac = 0.05", "ns_per_mac = -0.05", "kernel.ns_per_mac"),
+        ("ns_per_mac = 0.05", "ns_per_mac = nan", "finite"),
+        ("ns_per_mac = 0.05", "ns_per_mak = 0.05", "did you mean 'ns_per_mac'"),
+        ('activation = "u8"', 'activation = "u16"', "quantization.activation"),
+        ('kind = "matmul"', 'kind = "matmull"', "did you mean 'matmul'"),
+        ("weight_bits = 8", "weight_bits = true", "quantization.weight_bits"),
+        ('absorbs = ["Relu"]', "absorbs = []", "fusion.absorbs"),
+        ('absorbs = ["Relu"]', "absorbs = [1]", "fusion.absorbs"),
+        ("[runtime]", "[runtimes]", "did you mean 'runtime'"),
+        ("date = 2026-11-23", 'date = "yesterday"', "provenance.date"),
+    ],
+)
+def test_schema_error_names_file_and_line(write, good: str, bad: str, message: str) -> None:
+    text = SMALL.replace(good, bad, 1)
+    path = write(text)
+    error = fails(path)
+    assert error.path == str(path)
+    assert f"{path}:{line_of(text, bad)}: " in str(error)
+    assert message in str(error)
+
+
+def test_missing_key_names_its_table(write) -> None:
+    text = SMALL.replace("cores = 1\n", "", 1)
+    error = fails(write(text))
+    assert error.line == line_of(text, "[device]")
+    assert "'device.cores' is missing" in str(error)
+
+
+def test_missing_table(write) -> None:
+    assert "'schema' is missing" in str(fails(write(SMALL.replace("schema = 1\n", ""))))
+
+
+def test_other_schema_version(write) -> None:
+    assert fails(write(SMALL.replace("schema = 1", "schema = 2"))).line == 1
+
+
+def test_syntax_error_names_line(write) -> None:
+    text = SMALL.replace("ns_per_mac = 0.05", "ns_per_mac = 0.05 GMAC")
+    error = fails(write(text))
+    assert error.line == line_of(text, "0.05 GMAC")
+    assert "not TOML" in str(error)
+
+
+def test_unclosed_file_names_last_line(write) -> None:
+    assert fails(write(SMALL + "more = [1,\n")).line is not None
+
+
+def test_several_errors_are_all_told_in_order(write) -> None:
+    text = SMALL.replace("cores = 1", "cores = 0").replace("threads = 1", "threads = 0")
+    error = fails(write(text))
+    assert error.line == line_of(text, "cores = 0")
+    assert f":{line_of(text, 'threads = 0')}:" in str(error)
+
+
+def test_duplicate_kernel_names_both_lines(write) -> None:
+    text = SMALL + '\n[[kernel]]\nkind = "conv"\nprecision = "f32"\n'
+    error = fails(write(text))
+    assert error.line == text.count("\n") - 2
+    assert f"first in line {line_of(text, '[[kernel]]')}" in str(error)
+
+
+def test_kernels_no_model_can_do_without(write) -> None:
+    text = SMALL.replace('kind = "elementwise"', 'kind = "softmax"')
+    assert "'elementwise'" in str(fails(write(text)))
+
+
+def test_unreadable_files(write, tmp_path: Path) -> None:
+    assert "cannot be read" in str(fails(tmp_path / "missing.toml"))
+    path = tmp_path / "latin.toml"
+    path.write_bytes(SMALL.replace("made up for", "f\xfcr").encode("latin-1"))
+    assert "not UTF-8" in str(fails(path))
