@@ -382,12 +382,12 @@ class _Count:
 
     @cached_property
     def _position(self) -> dict[ir.Node, int]:
-        """Step at which a node runs; nodes of a body run with their owner."""
+        """Step at which a node runs: of a body with its owner, inside a kernel with that kernel."""
         steps: dict[ir.Node, int] = {}
         for step, node in enumerate(self.view.nodes(subgraphs=False)):
             steps[node] = step
             steps.update({inner: step for graph in _bodies(node) for inner in graph.all_nodes()})
-        return steps
+        return {node: steps[self.inside.get(node, node)] for node in steps}
 
     def _peak(self) -> int:
         """Most bytes alive at once: from the node that makes a value to the last one that reads it."""
@@ -431,7 +431,7 @@ class _Count:
                 return False
         home = None if producer is None else self.inside.get(producer, producer)
         readers = [n for n, _ in self.view.consumers(value)]
-        return value.is_graph_output() or not readers or any(self.inside.get(n) is not home for n in readers)
+        return value.is_graph_output() or not readers or any(self.inside.get(n, n) is not home for n in readers)
 
     def _bytes(self, value: ir.Value) -> int:
         shape = self.shapes.get(str(value.name))

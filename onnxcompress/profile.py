@@ -22,13 +22,12 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable, Iterator
-from functools import cache, cached_property
+from functools import cached_property
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import onnx.defs
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -266,7 +265,7 @@ class Profile(_Table):
 
     def target(self) -> Target:
         """What passes may know."""
-        ops = {*_standard_operators(), *FAMILY, *(k.kind for k in self.kernels if k.kind not in KINDS)}
+        ops = {*FAMILY, "Conv", "Gemm", "MatMul", *(k.kind for k in self.kernels if k.kind not in KINDS)}
         runs: set[tuple[str, str]] = {(k.kind, k.precision) for k in self.kernels}
         for op, precision in itertools.product(ops, PRECISIONS):
             kinds = itertools.product(kinds_of(op), (False, True))
@@ -281,11 +280,6 @@ class Profile(_Table):
             contrib_ops=self.runtime.contrib_ops,
             kernels=frozenset(runs),
         )
-
-
-@cache
-def _standard_operators() -> frozenset[str]:
-    return frozenset(schema.name for schema in onnx.defs.get_all_schemas() if not schema.domain)
 
 
 # ---- finding ---------------------------------------------------------------------------------------------
@@ -382,7 +376,10 @@ def _syntax_error(message: str, text: str, shown: str) -> ProfileError:
 
 
 def _schema_error(error: ValidationError, data: dict[str, Any], text: str, shown: str) -> ProfileError:
-    problems = sorted((_problem(dict(e), data, text) for e in error.errors(include_url=False)), key=lambda p: (p[0] is None, p[0] or 0))
+    problems = sorted(
+        (_problem(dict(e), data, text) for e in error.errors(include_url=False)),
+        key=lambda p: (p[0] is None, p[0] or 0),
+    )
     line, message, hint = problems[0]
     more = "".join(f"\n{shown}:{'' if ln is None else f'{ln}:'} {m}" for ln, m, _ in problems[1:])
     return ProfileError(message + more, path=shown, line=line, hint=hint)

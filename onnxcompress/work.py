@@ -59,12 +59,18 @@ _OPS_OF_FAMILY = {
     "lstm": ("LSTM", "DynamicQuantizeLSTM"),
     "gru": ("GRU", "RNN"),
     "conv_transpose": ("ConvTranspose",),
+    "elementwise": (
+        "Relu", "LeakyRelu", "PRelu", "ThresholdedRelu", "Clip", "HardSigmoid", "HardSwish", "Shrink", "Add", "Sub",
+        "Mul", "Div", "Mod", "Min", "Max", "Mean", "Sum", "Abs", "Neg", "Sign", "Sqrt", "Reciprocal", "Floor", "Ceil",
+        "Round", "Cast", "Where", "Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "And", "Or", "Not",
+        "Xor", "IsNaN", "IsInf", "Trilu",
+    ),
 }  # fmt: skip
 
 FAMILY: dict[str, str] = {op: family for family, ops in _OPS_OF_FAMILY.items() for op in ops}
 """Kernel kind that prices an operator the profile has no entry of its own for; "elementwise" if not here."""
 
-KINDS = frozenset({*_CONV, *_MATMUL, *_OPS_OF_FAMILY, "elementwise", "resize_linear"})
+KINDS = frozenset({*_CONV, *_MATMUL, *_OPS_OF_FAMILY, "resize_linear"})
 """Every kind a profile may price, besides single operator types."""
 
 _CONV_OPS = ("Conv", "ConvInteger", "QLinearConv")

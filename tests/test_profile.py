@@ -118,7 +118,16 @@ def test_shipped_profile_is_complete(name: str) -> None:
     profile = load_profile(name)
     assert profile.name == name
     assert profile.provenance.source and profile.provenance.notes
-    for kind in ("conv", "conv_pointwise", "conv_depthwise", "matmul", "matmul_rows1", "elementwise", "softmax", "lstm"):
+    for kind in (
+        "conv",
+        "conv_pointwise",
+        "conv_depthwise",
+        "matmul",
+        "matmul_rows1",
+        "elementwise",
+        "softmax",
+        "lstm",
+    ):
         assert profile.kernel(kind, "f32") is not None
     for kind in ("quantize", "dequantize"):
         assert profile.kernel(kind, "f32", maps=True) is not None
