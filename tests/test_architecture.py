@@ -29,6 +29,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "base profile calibrate evaluate interop",
         "registry cost planner",
         "questions sensitivity trial",
+        "search",
         "pipeline inspection",
         "onnxcompress testing",
         "render",
