@@ -125,6 +125,7 @@ class Choice:
         reads: values it wants as integers; the planner pays for quantizing them where the
             producer leaves them float.
         writes: values it leaves as integers; the planner pays for each float consumer.
+        adds: float operators it inserts: (operator type, name of the value it runs on).
         bytes_saved: weight bytes it takes off the file.
         terms: the distortions it causes, for passes that can :meth:`Pass.simulate` them.
         detail: the pass's own settings for the choice (``Rank(32)``); any hashable value.
@@ -139,6 +140,7 @@ class Choice:
     precision: str = Precision.FLOAT
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
+    adds: tuple[tuple[str, str], ...] = ()
     bytes_saved: int = 0
     terms: tuple[Term, ...] = ()
     detail: Hashable = None

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from onnxcompress import model as models
-from onnxcompress.calibrate import calibrate
+from onnxcompress.calibrate import value_shapes
 from onnxcompress.cost import CostModel, ModelCost
 from onnxcompress.data import open_data
 from onnxcompress.errors import DataError, suggest
-from onnxcompress.evaluate import Reference, Runner, measure, observed
+from onnxcompress.evaluate import Reference, measure, observed
 from onnxcompress.profile import Profile, load_profile
 from onnxcompress.report import Comparison, Latency
 from onnxcompress.sizes import FileSize, model_size
@@ -42,9 +42,7 @@ def inspect(
     loaded = _load(model)
     device = load_profile(profile) if isinstance(profile, str) else profile
     bound = _with_shapes(loaded, shapes or {})
-    source = open_data(None, bound)
-    evidence = calibrate(bound, (), source.take(1))
-    return CostModel(device).model(GraphView(bound), evidence.shapes)
+    return CostModel(device).model(GraphView(bound), value_shapes(bound, open_data(None, bound).first()))
 
 
 def compare(
@@ -54,7 +52,7 @@ def compare(
     a, b = _load(first), _load(second)
     source = open_data(calibration, a, preprocess=preprocess)
     feeds = list(source.take(32))
-    comparison = Reference(a, feeds, observed(GraphView(a))).compare(Runner(b))
+    comparison = Reference(a, feeds, observed(GraphView(a))).compare(b)
     return comparison, measure(a, b, feeds[0]), (model_size(a), model_size(b))
 
 
@@ -64,7 +62,7 @@ def verify(
     """How far an optimized model is from its original, on all feeds."""
     a, b = _load(original), _load(optimized)
     source = open_data(calibration, a, preprocess=preprocess)
-    return Reference(a, source, observed(GraphView(a))).compare(Runner(b))
+    return Reference(a, source, observed(GraphView(a))).compare(b)
 
 
 def _load(model: ModelLike) -> ir.Model:

@@ -13,27 +13,29 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import onnx_ir as ir
 
 from onnxcompress import model as models
 from onnxcompress import registry
-from onnxcompress.base import Choice, Pass, Skipped, Stage, Term
-from onnxcompress.calibrate import calibrate
+from onnxcompress.base import Pass, Skipped, Stage, Term
+from onnxcompress.calibrate import calibrate, value_shapes
 from onnxcompress.cost import CostModel
-from onnxcompress.data import Source, open_data
+from onnxcompress.data import Feed, Source, open_data
 from onnxcompress.errors import DataError, ModelRunError, UsageError
-from onnxcompress.evaluate import Feed, Reference, Runner, measure, observed
-from onnxcompress.planner import Plan, Question, ValueCost, solve
+from onnxcompress.evaluate import Reference, measure, observed, rounding_noise
+from onnxcompress.planner import Plan
 from onnxcompress.profile import Profile, load_profile
 from onnxcompress.questions import ask, explain, offers
 from onnxcompress.report import Attempt, Budget, Comparison, Latency, PassReport, Report, SiteReport, Totals
+from onnxcompress.search import Checked, Search
 from onnxcompress.sensitivity import Prices, measure_prices
 from onnxcompress.sizes import model_size
 from onnxcompress.statistics import Evidence
 from onnxcompress.target import Target
-from onnxcompress.trial import Built, build, commit_lossless, pass_options
+from onnxcompress.trial import LOSSLESS_SAMPLES, commit_lossless, pass_options
 from onnxcompress.view import GraphView
 
 __all__ = ["DEFAULT_MIN_SQNR_DB", "Metric", "Progress", "Result", "optimize"]
@@ -49,12 +51,14 @@ Progress = Callable[[str, int, int | None], None]
 DEFAULT_MIN_SQNR_DB = 20.0
 """Worst output keeps a tenth of its amplitude as error at most; see docs/decisions.md for how it was set."""
 
-BYTES_WORTH = 0.05
+BYTES_WORTH = 0.25
 """All weight bytes together are worth this share of the model's time."""
 
-_ATTEMPTS = 6
-_PRICE_SAMPLES = 2
+_SLOW_SECONDS = 0.01
+"""Models predicted slower than this have their terms priced on one sample, faster ones on two."""
+
 _HOLDOUT_LIMIT = 32
+_SEARCH_SAMPLES = 8
 _SLOWER = 0.97
 """Measured speed-up below which a result counts as slower; timing of equal models scatters by 3 %."""
 
@@ -148,7 +152,7 @@ class _Job:
         self.timing = timing and profile.device.is_here()
         self.calibration, holdout = source.split()
         self.names = observed(GraphView(original))
-        self.holdout: list[Feed] = _first(holdout, _HOLDOUT_LIMIT)
+        self.holdout: list[Feed] = list(holdout.take(_HOLDOUT_LIMIT))
         if not self.holdout:
             raise DataError("the calibration data holds no sample")
         self.reference = Reference(original, self.holdout, self.names)
@@ -156,6 +160,13 @@ class _Job:
         self.attempts: list[Attempt] = []
         self.pass_reports: list[PassReport] = []
         self.sites: list[SiteReport] = []
+        self.predicted = 0.0  # seconds of the normalised model on the profile
+        self.saved = 0.0  # seconds the plans save on the profile
+
+    @cached_property
+    def noise(self) -> Comparison:
+        """What float rounding alone does to the input model."""
+        return rounding_noise(self.original, self.holdout[:LOSSLESS_SAMPLES], self.names)
 
     # --- the whole way -------------------------------------------------------------------------
 
@@ -173,7 +184,8 @@ class _Job:
         current = models.infer_types(current)
         current = self._lossless(current, [p for p in chosen if p.lossless and p.stage is not Stage.NORMALISE])
         normalised = current
-        shapes = calibrate(normalised, (), self.calibration).shapes
+        shapes = value_shapes(normalised, self.calibration.first())
+        self.predicted = self.cost.model(GraphView(normalised), shapes).seconds
         for pass_ in lossy:
             current = self._lossy(current, pass_, by_hand=by_hand, shapes=shapes)
         latency = None
@@ -185,7 +197,9 @@ class _Job:
         for pass_ in passes:
             self.progress(f"{pass_.name}", 0, None)
             evidence = self._evidence(model, pass_, first=8)
-            model, done, skipped = commit_lossless(model, pass_, evidence, self.target, self.reference)
+            model, done, skipped = commit_lossless(
+                model, pass_, evidence, self.target, self.reference, lambda: self.noise
+            )
             self.pass_reports.append(done)
             ops = {str(n.name): n.op_type for n in GraphView(model).nodes()}
             self.sites += [SiteReport(pass_.name, s.key, ops.get(s.key, ""), "keep", s.reason) for s in skipped]
@@ -199,7 +213,7 @@ class _Job:
         raised = models.raise_opset(model, wanted)
         if raised is model:
             return model
-        comparison = self.reference.compare(Runner(raised))
+        comparison = self.reference.compare(raised, limit=LOSSLESS_SAMPLES)
         if comparison.min_sqnr_db < 60:
             raise ModelRunError(
                 f"raising the opset from {current} to {wanted} changed the outputs ({comparison.min_sqnr_db:.0f} dB)",
@@ -215,7 +229,7 @@ class _Job:
             return Evidence(synthetic=self.source.synthetic)
         source = self.calibration if first is None else self.calibration.take(first)
 
-        def tick(done: int, total: int | None) -> None:
+        def tick(done: int, total: int) -> None:
             self.progress("calibrating", done, total)
 
         return calibrate(model, sorted(needs), source, progress=tick)
@@ -231,57 +245,61 @@ class _Job:
             return model
         evidence = self._evidence(model, pass_)
         questions, values, missing = ask(offer, view, self.cost, shapes)
-        terms = sorted({t for q in questions for o in q.options for t in o.choice.terms})
         noise = 10 ** (-(self.budget.min_sqnr_db or DEFAULT_MIN_SQNR_DB) / 10)
-        prices = self._prices(pass_, model, terms, evidence, noise)
-        questions = [_possible(q, prices.impossible) for q in questions]
-        search = _Search(self, model, pass_, evidence, questions, values, prices, noise, by_hand)
-        built, plan = search.run()
-        verdict = "" if built is not None else search.verdict
+
+        def price(terms: Sequence[Term]) -> Prices:
+            return self._prices(pass_, model, terms, evidence, noise)
+
+        rate = BYTES_WORTH * sum(q.seconds for q in questions) / max(1, models.weight_bytes(model))
+        search = Search(model, pass_, evidence, questions, values, noise, rate, price, self.check)
+        found = search.by_hand() if by_hand else search.run()
+        self.attempts += search.attempts
+        self.saved += found.plan.seconds_before - found.plan.seconds
+        refused = found.built.refused if found.built is not None else ()
         self.sites += explain(
             pass_,
             offer,
-            questions,
-            plan,
+            search.questions,
+            found.plan,
             search.free,
-            prices.terms,
-            prices.impossible,
+            search.prices,
+            search.impossible,
             missing,
             view,
-            built.refused if built else (),
-            verdict,
+            refused,
+            found.problem if found.built is None else "",
         )
-        changed = len(built.made) if built is not None else 0
-        outcome = "applied" if changed else "dropped" if verdict else "nothing to do"
-        self.pass_reports.append(PassReport(pass_.name, pass_options(pass_), changed, outcome, verdict))
-        return built.model if built is not None else model
+        changed = len(found.built.made) if found.built is not None else 0
+        outcome = "applied" if changed else "dropped" if found.problem else "nothing to do"
+        self.pass_reports.append(PassReport(pass_.name, pass_options(pass_), changed, outcome, found.problem))
+        return found.built.model if found.built is not None else model
 
     def _prices(self, pass_: Pass, model: ir.Model, terms: Sequence[Term], evidence: Evidence, noise: float) -> Prices:
         def tick(done: int, total: int) -> None:
             self.progress("measuring sensitivity", done, total)
 
-        feeds = _first(self.calibration, _PRICE_SAMPLES)
+        feeds = list(self.calibration.take(1 if self.predicted > _SLOW_SECONDS else 2))
         return measure_prices(
             pass_, model, terms, evidence, self.target, feeds, self.names, budget=noise, progress=tick
         )
 
     # --- verifying -----------------------------------------------------------------------------
 
-    def verify(self, model: ir.Model) -> tuple[Comparison, float | None, str]:
-        """Runs a candidate on held-out data; the last item is why it fails, or empty."""
-        comparison = self.reference.compare(Runner(model))
-        metric = None
-        if self.metric is not None and self.budget.max_drop is not None and self.metric_before is not None:
-            metric = self._score(model)
-            least = self.metric_before - self.budget.max_drop * abs(self.metric_before)
-            if metric is None or metric < least:
-                return comparison, metric, f"metric {metric:.6g} is below {least:.6g}"
+    def check(self, model: ir.Model) -> Checked:
+        """Runs a candidate on held-out data."""
+        self.progress("building and checking a plan", len(self.attempts), None)
+        sqnr = self.reference.compare(model, limit=_SEARCH_SAMPLES).min_sqnr_db
         floor = self.budget.min_sqnr_db
         if floor is None and self.budget.max_drop is None:
             floor = DEFAULT_MIN_SQNR_DB
-        if floor is not None and comparison.min_sqnr_db < floor:
-            return comparison, metric, f"worst output at {comparison.min_sqnr_db:.1f} dB, {floor:.1f} dB asked for"
-        return comparison, metric, ""
+        if floor is not None and sqnr < floor:
+            return Checked(sqnr, None, f"worst output at {sqnr:.1f} dB, {floor:.1f} dB asked for")
+        if self.budget.max_drop is None or self.metric_before is None:
+            return Checked(sqnr, None, "")
+        metric = self._score(model)
+        least = self.metric_before - self.budget.max_drop * abs(self.metric_before)
+        problem = "" if metric is not None and metric >= least else f"metric {metric:.6g} is below {least:.6g}"
+        return Checked(sqnr, metric, problem)
 
     def _score(self, model: ir.Model) -> float | None:
         if self.metric is None:
@@ -294,7 +312,7 @@ class _Job:
 
     def check_file(self, path: Path) -> None:
         """Loads and runs the written file before it gets its name."""
-        comparison = self.reference.compare(Runner(path))
+        comparison = self.reference.compare(path)
         if comparison.min_sqnr_db < (self._final_sqnr - 0.5):
             raise ModelRunError("the written file does not behave like the model in memory", path=path)
 
@@ -308,7 +326,7 @@ class _Job:
                 break
             latency = measure(self.original, candidate, feed)
             if latency.speed_up < _SLOWER:  # once more: a busy machine is no reason
-                latency = measure(self.original, candidate, feed, min_seconds=3.0)
+                latency = measure(self.original, candidate, feed, seconds=3.0)
             if latency.speed_up >= _SLOWER:
                 return candidate, latency
             self.attempts.append(
@@ -325,14 +343,14 @@ class _Job:
         latency: Latency | None,
         shapes: dict[str, tuple[int, ...]],
     ) -> Report:
-        comparison = self.reference.compare(Runner(model))
+        comparison = self.reference.compare(model)
         self._final_sqnr = comparison.min_sqnr_db
         before, after = model_size(self.original), model_size(model)
-        seconds = [self.cost.model(GraphView(m), self._shapes(m)).seconds for m in (self.original, model)]
+        first = self.cost.model(GraphView(self.original), value_shapes(self.original, self.holdout[0])).seconds
         totals = Totals(
             (before.raw, after.raw),
             (before.zstd, after.zstd),
-            (1e3 * seconds[0], 1e3 * seconds[1]),
+            (1e3 * first, 1e3 * (self.predicted - (self.saved if model is not normalised else 0.0))),
             latency,
             comparison,
             self.metric_before,
@@ -356,114 +374,6 @@ class _Job:
             warnings=tuple(warnings),
             versions={p: importlib.metadata.version(p) for p in ("onnxruntime", "onnx", "onnx-ir", "numpy")},
         )
-
-    def _shapes(self, model: ir.Model) -> dict[str, tuple[int, ...]]:
-        return dict(calibrate(model, (), self.calibration).shapes)
-
-
-class _Search:
-    """Looks for the cheapest plan of one pass whose real distortion fits the budget."""
-
-    def __init__(
-        self,
-        job: _Job,
-        model: ir.Model,
-        pass_: Pass,
-        evidence: Evidence,
-        questions: Sequence[Question],
-        values: dict[str, ValueCost],
-        prices: Prices,
-        noise: float,
-        by_hand: bool,
-    ) -> None:
-        self.job, self.model, self.pass_, self.evidence = job, model, pass_, evidence
-        self.questions, self.values, self.prices, self.noise, self.by_hand = questions, values, prices, noise, by_hand
-        seconds = sum(q.seconds for q in questions)
-        self._rate = BYTES_WORTH * seconds / max(1, models.weight_bytes(model))
-        self.free = self._solve(None)
-        self.verdict = ""
-
-    def run(self) -> tuple[Built | None, Plan]:
-        """The built plan, or None and an empty plan if none is good enough."""
-        if self.by_hand:
-            return self._by_hand()
-        best: tuple[Built, Plan] | None = None
-        low, high = 0.0, math.inf  # budgets known to hold, known to fail
-        limit: float | None = None
-        seen: set[frozenset[Choice]] = set()
-        for _ in range(_ATTEMPTS):
-            plan = self._solve(limit)
-            key = frozenset(plan.choices.values())
-            if not key or key in seen:
-                break
-            seen.add(key)
-            built, noise, problem = self._try(plan)
-            if not problem:
-                if best is None or plan.seconds < best[1].seconds:
-                    best = (built, plan)
-                if limit is None or high / limit < 1.5:
-                    break
-                low = limit
-            else:
-                self.verdict = problem
-                high = min(high, plan.price if limit is None else limit)
-            limit = self._next(limit, low, high, noise, plan)
-        if best is None:
-            return None, Plan({}, 0.0, 0.0, 0.0)
-        return best
-
-    def _next(self, limit: float | None, low: float, high: float, noise: float, plan: Plan) -> float:
-        """A budget for the prices such that the real noise should fit: they are off by a factor."""
-        if low > 0:
-            return math.sqrt(low * high)
-        factor = self.noise / noise if 0 < noise < math.inf else 0.1
-        return min(high * 0.5, 0.9 * factor * plan.price)
-
-    def _solve(self, limit: float | None) -> Plan:
-        return solve(self.questions, self.values, self.prices.terms, budget=limit, seconds_per_byte=self._rate)
-
-    def _try(self, plan: Plan) -> tuple[Built, float, str]:
-        self.job.progress("building and checking a plan", len(self.job.attempts), None)
-        built = build(self.model, self.pass_, plan.choices.values(), self.evidence)
-        try:
-            comparison, metric, problem = self.job.verify(built.model)
-            sqnr: float | None = comparison.min_sqnr_db
-        except ModelRunError as error:
-            sqnr, metric, problem = None, None, f"it does not run: {error.message}"
-        self.job.attempts.append(
-            Attempt(self.pass_.name, len(built.made), 1e3 * plan.seconds, sqnr, metric, None, problem or "accepted")
-        )
-        return built, 10 ** (-sqnr / 10) if sqnr is not None else math.inf, problem
-
-    def _by_hand(self) -> tuple[Built | None, Plan]:
-        """The user's word: the strongest possible choice at every site; verified all the same."""
-        strongest = {q.site.key: q.options[-1] for q in self.questions if q.options}
-        plan = Plan(
-            {k: o.choice for k, o in strongest.items()},
-            sum(strongest[q.site.key].seconds if q.site.key in strongest else q.seconds for q in self.questions),
-            sum(q.seconds for q in self.questions),
-            sum(self.prices.terms.get(t, 0.0) for t in {t for o in strongest.values() for t in o.choice.terms}),
-            dict.fromkeys(strongest, 0.0),
-        )
-        built, _, problem = self._try(plan)
-        if problem:
-            self.verdict = problem
-            return None, Plan({}, 0.0, 0.0, 0.0)
-        return built, plan
-
-
-def _possible(question: Question, impossible: dict[Term, str]) -> Question:
-    options = tuple(o for o in question.options if not any(t in impossible for t in o.choice.terms))
-    return replace(question, options=options)
-
-
-def _first(source: Iterable[Feed], count: int) -> list[Feed]:
-    feeds: list[Feed] = []
-    for feed in source:
-        feeds.append(feed)
-        if len(feeds) >= count:
-            break
-    return feeds
 
 
 def _canonical_copy(model: ir.Model) -> ir.Model:

@@ -31,8 +31,8 @@ __all__ = ["Option", "Plan", "Question", "ValueCost", "solve"]
 
 _GAP = 1e-4
 _NODES = 20_000
-_HYSTERESIS = 1e-3
-"""A rewrite must save this share of the site's cost, so that ties keep the site as it is."""
+_LEAST_GAIN = 2e-4
+"""A rewrite must save this share of the model's time: noise without return is not worth having."""
 
 
 @dataclass(frozen=True)
@@ -150,17 +150,19 @@ def solve(
     if not any(q.options for q in questions):
         return Plan({}, sum(q.seconds for q in questions), sum(q.seconds for q in questions), 0.0)
     program = _Program()
+    least = _LEAST_GAIN * sum(q.seconds for q in questions)
     picks: list[tuple[int, Question, Option | None]] = []
     causes: dict[Term, list[int]] = {}
     reads: dict[str, dict[str, list[int]]] = {}
     writes: dict[str, list[int]] = {}
     for question in questions:
-        keep = program.variable(question.seconds * (1 - _HYSTERESIS), integer=True)
+        keep = program.variable(question.seconds, integer=True)
         columns = [keep]
         picks.append((keep, question, None))
         for option in question.options:
             choice = option.choice
-            column = program.variable(option.seconds - seconds_per_byte * choice.bytes_saved, integer=True)
+            worth = seconds_per_byte * choice.bytes_saved
+            column = program.variable(option.seconds - worth + least, integer=True)
             columns.append(column)
             picks.append((column, question, option))
             for term in choice.terms:

@@ -7,11 +7,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from onnxcompress.base import KEEP, Choice, Pass, Precision, Site, Skip, Skipped, Term
-from onnxcompress.cost import CostModel, work_of
+from onnxcompress.cost import CostModel
 from onnxcompress.planner import Option, Plan, Question, ValueCost
 from onnxcompress.report import SiteReport
 from onnxcompress.target import Target
 from onnxcompress.view import GraphView
+from onnxcompress.work import NodeWork, kinds_of, work_of
 
 __all__ = ["Offer", "ask", "explain", "offers"]
 
@@ -60,30 +61,32 @@ def ask(
         Questions for the planner; conversion costs by value; by site key, why a choice was left
         out because the profile has no kernel for it.
     """
+    now = {row.name: row.seconds for row in cost.model(view, shapes).nodes}
+    here = cost.for_model(view, shapes)
     questions: list[Question] = []
     missing: dict[str, str] = {}
     for site, choices in offer.choices.items():
-        now = _seconds(site, Precision.FLOAT, view, cost, shapes)
+        node = view.node(site.key)
+        seconds = sum(now.get(name, 0.0) for name in site.nodes)
         options: list[Option] = []
         for choice in choices:
-            seconds = (
-                now if choice.precision == Precision.FLOAT else _seconds(site, choice.precision, view, cost, shapes)
-            )
-            if seconds is None or now is None:
-                missing[site.key] = (
-                    f"the profile has no {choice.precision} kernel for this {view.node(site.key).op_type}"
-                )
+            after: float | None = seconds
+            if choice.precision != Precision.FLOAT:
+                after = here.node(work_of(view, node, shapes), choice.precision)
+            if after is None:
+                missing[site.key] = f"the profile has no {choice.precision} kernel for this {node.op_type}"
             else:
-                options.append(Option(choice, seconds))
-        questions.append(Question(site, now or 0.0, tuple(options)))
-    return questions, _value_costs(questions, view, cost, shapes), missing
+                extra = sum(_elementwise(op, shapes.get(name, ()), here) for op, name in choice.adds)
+                options.append(Option(choice, after + extra))
+        questions.append(Question(site, seconds, tuple(options)))
+    return questions, _value_costs(questions, view, here, shapes), missing
 
 
-def _seconds(
-    site: Site, precision: str, view: GraphView, cost: CostModel, shapes: Mapping[str, tuple[int, ...]]
-) -> float | None:
-    """Seconds of the site's first node; the others run inside its kernel."""
-    return cost.node(work_of(view, view.node(site.key), shapes), precision)
+def _elementwise(op: str, shape: tuple[int, ...], cost: CostModel) -> float:
+    """Seconds of an operator that maps a tensor to one of its size."""
+    size = math.prod(shape)
+    work = NodeWork("", op, kinds_of(op)[0], len(shape) >= 4, elements_in=size, elements_out=size)
+    return cost.node(work) or 0.0
 
 
 def _value_costs(
@@ -96,7 +99,7 @@ def _value_costs(
         name = str(value.name)
         if name not in names:
             continue
-        elements = math.prod(shapes.get(name, (1,)))
+        shape = shapes.get(name, (1,))
         readers: list[str] = []
         outside = view.is_output(value)
         for node, _ in view.consumers(value):
@@ -106,7 +109,10 @@ def _value_costs(
             elif key not in readers:
                 readers.append(key)
         costs[name] = ValueCost(
-            cost.convert(elements, "quantize"), cost.convert(elements, "dequantize"), outside, tuple(readers)
+            cost.convert(math.prod(shape), "quantize", maps=len(shape) >= 4),
+            cost.convert(math.prod(shape), "dequantize", maps=len(shape) >= 4),
+            outside,
+            tuple(readers),
         )
     return costs
 
@@ -181,7 +187,7 @@ def _why_kept(
     if best.seconds >= question.seconds:
         return "too few weights to be worth storing differently"
     saved = _ms(question.seconds - best.seconds)
-    return f"{best.choice.name} would save {saved} but conversions to its float neighbours cost more"
+    return f"{best.choice.name} would save {saved} alone: too little, or less than conversions to its neighbours cost"
 
 
 def _ms(seconds: float) -> str:

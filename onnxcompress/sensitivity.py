@@ -1,8 +1,9 @@
 """How much each source of distortion hurts the outputs, measured all in one session.
 
-Every distortion a pass can simulate is added to one copy of the model behind a scalar switch, so
-with all switches at 0 it is the original and with one at 1 it is that distortion alone. Trying a
-term is then one run, and not one rewritten model and one session.
+Every distortion of one kind that a pass can simulate is added to one copy of the model behind a
+scalar switch, so with all switches at 0 it is the original and with one at 1 it is that distortion
+alone. Trying a term is then one run, and not one rewritten model and one session; terms that do
+little are tried together, and a group is halved only where it matters.
 
 The price of a term is noise power over signal power at the worst observed output. Prices of
 independent roundings add; how well that holds is checked afterwards on the plan as a whole.
@@ -20,8 +21,9 @@ import onnx_ir as ir
 
 from onnxcompress import model as models
 from onnxcompress.base import Pass, Skip, Term
-from onnxcompress.evaluate import Feed, Runner
+from onnxcompress.data import Feed
 from onnxcompress.rewrite import Rewriter
+from onnxcompress.session import Runner
 from onnxcompress.statistics import Evidence
 from onnxcompress.target import Target
 
@@ -30,7 +32,7 @@ __all__ = ["Prices", "measure_prices"]
 logger = logging.getLogger(__name__)
 
 _NEGLIGIBLE = 0.02
-"""A whole kind of terms that costs less than this share of the budget is not taken apart."""
+"""Terms that together cost less than this share of the budget are not taken apart."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,12 @@ class Prices:
 
     Attributes:
         terms: the price of every term.
-        shared: kinds measured together, whose terms share one figure evenly.
+        shared: terms measured together, sharing one figure evenly.
         impossible: terms that cannot be simulated, with the reason; choices that cause them are out.
     """
 
     terms: Mapping[Term, float]
-    shared: tuple[str, ...]
+    shared: tuple[tuple[Term, ...], ...]
     impossible: Mapping[Term, str]
 
 
@@ -73,38 +75,59 @@ def measure_prices(
         budget: noise power the plan may cause, to tell what is negligible.
         progress: called with (runs done, runs planned).
     """
-    board, switches, impossible = _switchboard(pass_, model, terms, evidence, target)
-    if not switches:
-        return Prices({}, (), impossible)
-    runner = Runner(board, outputs=_present(board, names))
-    off = {name: np.zeros((), np.float32) for name in switches.values()}
-    references = [runner.run({**feed, **off}) for feed in feeds]
-
-    def noise(on: Sequence[Term]) -> float:
-        chosen = {switches[t]: np.ones((), np.float32) for t in on}
-        results = (runner.run({**feed, **off, **chosen}) for feed in feeds)
-        return _worst(references, results)
-
     kinds: dict[str, list[Term]] = {}
-    for term in switches:
+    for term in terms:
         kinds.setdefault(term.kind, []).append(term)
     prices: dict[Term, float] = {}
-    shared: list[str] = []
-    planned, done = len(kinds) + len(switches), 0
-    for kind, members in kinds.items():
-        together = noise(members)
-        done += 1
-        if together <= _NEGLIGIBLE * budget:
-            shared.append(kind)
-            prices.update(dict.fromkeys(members, together / len(members)))
-            done += len(members)
-        else:
-            for term in members:
-                prices[term] = noise([term]) if len(members) > 1 else together
-                done += 1
+    shared: list[tuple[Term, ...]] = []
+    impossible: dict[Term, str] = {}
+    done = 0
+    for members in kinds.values():  # a session of its own each: nothing waits for what is not being measured
+        board = _Board(pass_, model, members, evidence, target, feeds, names)
+        impossible.update(board.impossible)
+        waiting = [tuple(t for t in members if t in board.switches)]
+        while waiting:
+            group = waiting.pop()
+            if not group:
+                continue
+            noise = board.noise(group)
+            if len(group) == 1 or noise <= _NEGLIGIBLE * budget:
+                prices.update(dict.fromkeys(group, noise / len(group)))
+                shared += [group] if len(group) > 1 else []
+                done += len(group)
                 if progress is not None:
-                    progress(done, planned)
+                    progress(done, len(terms))
+            else:
+                middle = len(group) // 2
+                waiting += [group[middle:], group[:middle]]
     return Prices(prices, tuple(shared), impossible)
+
+
+class _Board:
+    """A session of the model with a switch for every term of one kind."""
+
+    def __init__(
+        self,
+        pass_: Pass,
+        model: ir.Model,
+        terms: Sequence[Term],
+        evidence: Evidence,
+        target: Target,
+        feeds: Sequence[Feed],
+        names: Sequence[str],
+    ) -> None:
+        board, self.switches, self.impossible = _switchboard(pass_, model, terms, evidence, target)
+        self._feeds = feeds
+        self._off = {name: np.zeros((), np.float32) for name in self.switches.values()}
+        if self.switches:
+            self._runner = Runner(board, outputs=_present(board, names))
+            self._references = [self._runner.run({**feed, **self._off}) for feed in feeds]
+
+    def noise(self, on: Sequence[Term]) -> float:
+        """Noise power over signal power at the worst output with these terms switched on."""
+        chosen = {self.switches[t]: np.ones((), np.float32) for t in on}
+        results = (self._runner.run({**feed, **self._off, **chosen}) for feed in self._feeds)
+        return _worst(self._references, results)
 
 
 def _switchboard(

@@ -11,15 +11,16 @@ contrib operators. No ranges are needed, so it is safe without calibration data.
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxcompress.base import Skip
-from onnxcompress.passes._int8 import WeightOptions, gate, quantize_weight
+from onnxcompress.passes._int8 import WeightOptions, channel_axes, gate, quantize_tensor, quantize_weight
 from onnxcompress.rewrite import Rewriter
 from onnxcompress.target import Target
 from onnxcompress.view import GraphView
 
-__all__ = ["apply", "obstacle", "simulate"]
+__all__ = ["apply", "obstacle", "simulate", "simulate_smooth", "smooth"]
 
 _PRODUCTS = frozenset({"MatMul", "Gemm"})
 _KERNELS = _PRODUCTS | {"LSTM"}
@@ -66,6 +67,56 @@ def apply(node: ir.Node, rewriter: Rewriter, options: WeightOptions) -> None:
         _product(node, rewriter, options)
 
 
+def smooth(node: ir.Node, rewriter: Rewriter, options: WeightOptions, absmax: npt.NDArray[np.float64]) -> None:
+    """Makes a MatMul or Gemm dynamic on x / s and rows of W times s.
+
+    s_j = sqrt(absmax(x_j) / absmax(W_j)): SmoothQuant with alpha = 1/2 (Xiao et al. 2022,
+    arXiv 2211.10438), with the division as a Mul of its own, since where x comes from a Gelu there
+    is nothing to fold it into.
+    """
+    x, weight = node.inputs[0], node.inputs[1]
+    if x is None or weight is None or weight.const_value is None:
+        raise Skip("its weight is not a constant")
+    factors, scaled = _smoothed(node, weight.const_value.numpy(), absmax)
+    inverse = rewriter.constant((1 / factors).astype(np.float32), f"{node.name}_smooth", like=node)
+    (shrunk,) = rewriter.insert("Mul", [x, inverse], before=node, dtype=ir.DataType.FLOAT)
+    rewriter.set_input(node, 0, shrunk)
+    rewriter.set_weight(node, 1, scaled)
+    _product(node, rewriter, options)
+
+
+def simulate_smooth(
+    node: ir.Node, rewriter: Rewriter, options: WeightOptions, absmax: npt.NDArray[np.float64], switch: ir.Value
+) -> None:
+    """Gates what :func:`smooth` does to the output of a node."""
+    x, weight = node.inputs[0], node.inputs[1]
+    if x is None or weight is None or weight.const_value is None:
+        raise Skip("its weight is not a constant")
+    factors, scaled = _smoothed(node, weight.const_value.numpy(), absmax)
+    quantized, scales = quantize_weight(scaled, channel_axes(node, 1, 2), options)
+    inverse = rewriter.constant((1 / factors).astype(np.float32), f"{node.name}_smooth", like=node)
+    restored = rewriter.constant(np.asarray(quantized * scales, np.float32), f"{node.name}_smoothed", like=node)
+    (shrunk,) = rewriter.insert("Mul", [x, inverse], before=node)
+    q, scale, zero = rewriter.insert("DynamicQuantizeLinear", [shrunk], outputs=3, before=node)
+    (rounded,) = rewriter.insert("DequantizeLinear", [q, scale, zero], before=node)
+    bias = [v for v in node.inputs[2:] if v is not None]
+    attributes = {"transB": node.attributes.get_int("transB", 0)} if node.op_type == "Gemm" else {}
+    (output,) = rewriter.insert(node.op_type, [rounded, restored, *bias], attributes, after=node)
+    gate(rewriter, node.outputs[0], output, switch, keep=[])
+
+
+def _smoothed(
+    node: ir.Node, array: npt.NDArray[np.float32], absmax: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float32]]:
+    """Factors by input channel, and the weight with its rows multiplied by them."""
+    transposed = node.op_type == "Gemm" and bool(node.attributes.get_int("transB", 0))
+    rows = np.abs(array).max(axis=0 if transposed else 1).astype(np.float64)
+    factors = np.sqrt(np.maximum(absmax, 1e-8) / np.maximum(rows, 1e-8))
+    factors = np.where((absmax > 0) & (rows > 0), factors, 1.0)
+    scaled = array * (factors[None, :] if transposed else factors[:, None])
+    return factors, np.asarray(scaled, np.float32)
+
+
 def simulate(value: ir.Value, rewriter: Rewriter, switch: ir.Value) -> None:
     """Gates the run-time rounding of a value for the matrix products and LSTMs that read it."""
     only = [use.node for use in value.uses() if use.node.op_type in _KERNELS and use.idx == 0]
@@ -80,10 +131,10 @@ def _product(node: ir.Node, rewriter: Rewriter, options: WeightOptions) -> None:
     x, weight = node.inputs[0], node.inputs[1]
     if x is None or weight is None or weight.const_value is None:
         raise Skip("its weight is not a constant")
-    array = weight.const_value.numpy()
-    if node.op_type == "Gemm" and node.attributes.get_int("transB", 0):
-        array = np.ascontiguousarray(array.T)
-    quantized, scales = quantize_weight(array, (1,), options)
+    transposed = node.op_type == "Gemm" and bool(node.attributes.get_int("transB", 0))
+    quantized, scales = quantize_tensor(weight.const_value, (0,) if transposed else (1,), options)
+    if transposed:
+        quantized = np.ascontiguousarray(quantized.T)
     q, x_scale, x_zero = _quantized(x, node, rewriter)
     w = rewriter.constant(quantized, f"{weight.name}_quantized", like=node)
     flat = scales.reshape(-1)
@@ -116,11 +167,10 @@ def _lstm(node: ir.Node, rewriter: Rewriter, options: WeightOptions) -> None:
         weight = node.inputs[index]
         if weight is None or weight.const_value is None:
             raise Skip("its weight is not a constant")
-        array = weight.const_value.numpy()  # (directions, 4 hidden, inputs)
-        quantized, scale = quantize_weight(array, (0, 1), options)
+        quantized, scale = quantize_tensor(weight.const_value, (0, 1), options)  # (directions, 4 hidden, inputs)
         if scale.size == 1:  # the kernel wants a scale per direction at least
-            scale = np.broadcast_to(scale, (array.shape[0], 1, 1))
-        flat = scale.reshape(array.shape[0], -1)
+            scale = np.broadcast_to(scale, (quantized.shape[0], 1, 1))
+        flat = scale.reshape(quantized.shape[0], -1)
         flat = flat if flat.shape[1] > 1 else flat.reshape(-1)
         transposed = np.ascontiguousarray(quantized.transpose(0, 2, 1))
         matrices.append(rewriter.constant(transposed, f"{weight.name}_quantized", like=node))

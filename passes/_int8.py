@@ -83,6 +83,17 @@ def channel_axes(node: ir.Node, index: int, rank: int) -> tuple[int, ...]:
     return ()
 
 
+def quantize_tensor(
+    tensor: ir.TensorProtocol, axes: tuple[int, ...], options: WeightOptions
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """:func:`quantize_weight` of a tensor, remembered with it: clones share tensors, and trials repeat."""
+    key = f"onnxcompress.int8.{axes}.{options}"
+    if key not in tensor.meta:
+        tensor.meta[key] = quantize_weight(tensor.numpy(), axes, options)
+    quantized, scales = tensor.meta[key]
+    return quantized, scales
+
+
 def quantize_weight(
     array: npt.NDArray[Any], axes: tuple[int, ...], options: WeightOptions, floor: npt.NDArray[Any] | None = None
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:

@@ -24,6 +24,7 @@ from onnxcompress.passes._int8 import (
     activation_inputs,
     channel_axes,
     gate,
+    quantize_tensor,
     quantize_weight,
     weight_indices,
 )
@@ -254,7 +255,9 @@ class Static:
         offset = None if bias is None or bias.const_value is None else bias.const_value.numpy().astype(np.float64)
         axes = channel_axes(node, 1, array.ndim)
         floor = None if offset is None else (np.abs(offset) / (_INT32_ROOM * input_scale)).astype(np.float32)
-        quantized, scales = quantize_weight(array, axes, options, floor)
+        quantized, scales = quantize_tensor(weight.const_value, axes, options)
+        if floor is not None and np.any(np.broadcast_to(floor, scales.reshape(-1).shape) > scales.reshape(-1)):
+            quantized, scales = quantize_weight(array, axes, options, floor)
         if self._correct and node.op_type == "Conv":
             correction = self._mean_error(node, source, array, quantized * scales)
             offset = correction if offset is None else offset + correction

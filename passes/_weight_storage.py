@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.errors import PassError
-from onnxcompress.passes._int8 import WeightOptions, channel_axes, quantize_weight, weight_indices
+from onnxcompress.passes._int8 import WeightOptions, channel_axes, quantize_tensor, weight_indices
 from onnxcompress.rewrite import Rewriter
 
 __all__ = ["apply", "simulate"]
@@ -37,7 +37,7 @@ def _restored(node: ir.Node, index: int, value: ir.Value, rewriter: Rewriter, op
     made = f"{value.name}_restored_{'_'.join(map(str, axes))}"
     if node.graph is rewriter.model.graph and (found := rewriter.find(made)) is not None:
         return found
-    quantized, scales = quantize_weight(tensor.numpy(), axes, options)
+    quantized, scales = quantize_tensor(tensor, axes, options)
     q = rewriter.constant(quantized, f"{value.name}_int8", like=node)
     s = rewriter.constant(scales, f"{value.name}_scale", like=node)
     first = rewriter.model.graph[0] if node.graph is rewriter.model.graph else node
@@ -53,9 +53,8 @@ def _restored(node: ir.Node, index: int, value: ir.Value, rewriter: Rewriter, op
 def _table(node: ir.Node, value: ir.Value, rewriter: Rewriter, options: WeightOptions) -> None:
     if value.const_value is None:
         raise PassError(f"{value.name!r} is not a weight")
-    table = value.const_value.numpy()
-    axes = channel_axes(node, 0, table.ndim)
-    quantized, scales = quantize_weight(table, axes, options)
+    axes = channel_axes(node, 0, len(value.const_value.shape))
+    quantized, scales = quantize_tensor(value.const_value, axes, options)
     q = rewriter.constant(quantized, f"{value.name}_int8", like=node)
     s = rewriter.constant(scales, f"{value.name}_scale", like=node)
     indices, axis = node.inputs[1], {"axis": node.attributes.get_int("axis", 0)}
@@ -80,7 +79,7 @@ def simulate(value: ir.Value, rewriter: Rewriter, options: WeightOptions, switch
         if use.idx not in weight_indices(node):
             continue
         axes = channel_axes(node, use.idx, array.ndim)
-        quantized, scales = quantize_weight(array, axes, options)
+        quantized, scales = quantize_tensor(value.const_value, axes, options)
         error = rewriter.constant(np.asarray(quantized * scales - array, np.float32), f"{value.name}_error", like=node)
         if node.op_type == "Gather":
             output = node.outputs[0]

@@ -19,6 +19,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxcompress.base import Choice, Pass, Precision, Site, Skip, Skipped, Stage, Term
@@ -32,7 +34,8 @@ from onnxcompress.view import GraphView
 
 __all__ = ["Quantize"]
 
-STATIC, DYNAMIC, WEIGHTS = "static", "dynamic", "weights"
+STATIC, DYNAMIC, WEIGHTS, SMOOTH = "static", "dynamic", "weights", "smooth"
+_MODES = (WEIGHTS, DYNAMIC, SMOOTH, STATIC)
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class Quantize(Pass):
     """Int8: static QDQ, dynamic, or stored weights only, each where it pays.
 
     Attributes:
-        modes: which of static, dynamic, weights may be used.
+        modes: which forms may be used: weights (stored as int8 only), dynamic, smooth (dynamic with
+            the input's outlier channels scaled into the weights), static.
         ranges: how activation ranges are read off the histograms.
         percentile: for ``ranges=percentile``: share of values inside the range, in per cent.
         weight_ranges: ``minmax``, or ``mse`` for a search per channel.
@@ -55,19 +59,19 @@ class Quantize(Pass):
     stage: ClassVar[Stage] = Stage.QUANTIZE
     min_opset: ClassVar[int] = 13
 
-    modes: tuple[str, ...] = (STATIC, DYNAMIC, WEIGHTS)
+    modes: tuple[str, ...] = _MODES
     ranges: RangeMethod = RangeMethod.MSE
     percentile: float = 99.99
-    weight_ranges: RangeMethod = RangeMethod.MSE
+    weight_ranges: RangeMethod = RangeMethod.MINMAX
     per_channel: bool = True
     bias_correction: bool = False
     min_weights: int = 256
     only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        unknown = set(self.modes) - {STATIC, DYNAMIC, WEIGHTS}
+        unknown = set(self.modes) - set(_MODES)
         if unknown or not self.modes:
-            raise ValueError(f"modes must be some of static, dynamic, weights, not {sorted(unknown) or 'none'}")
+            raise ValueError(f"modes must be some of {', '.join(_MODES)}, not {sorted(unknown) or 'none'}")
         if not 50 < self.percentile <= 100:
             raise ValueError("percentile must be above 50 and at most 100")
         if self.weight_ranges not in (RangeMethod.MINMAX, RangeMethod.MSE):
@@ -77,13 +81,16 @@ class Quantize(Pass):
 
     def sites(self, view: GraphView) -> Iterator[Site | Skipped]:
         done = view.quantized_nodes
+        inside_another: set[str] = set()
         for node in view.nodes():
-            if self.only and node.op_type not in self.only:
+            if (self.only and node.op_type not in self.only) or str(node.name) in inside_another:
                 continue
             try:
                 if done:
                     raise Skip(f"the model is already quantized ({done[0]!r} and {len(done) - 1} more nodes)")
-                yield self._match(node, view)
+                site = self._match(node, view)
+                inside_another.update(site.nodes)
+                yield site
             except Skip as skip:
                 if skip.reason:
                     yield Skipped(str(node.name), skip.reason)
@@ -96,6 +103,8 @@ class Quantize(Pass):
             if tensor is not None and tensor.dtype in _OTHER_FLOATS:
                 raise Skip(f"its weight is {tensor.dtype.name.lower()}; only float32 is quantized")
         if not any(t is not None and t.dtype == ir.DataType.FLOAT for t in constants):
+            if not any(v is not None and v.dtype in (ir.DataType.FLOAT, None) for v in node.outputs):
+                raise Skip("")  # shapes, indices, masks: no float work
             if node.op_type not in _qdq.STATIC_OPS:
                 raise Skip(_why_float(node))
             if view.in_subgraph(node):
@@ -108,6 +117,8 @@ class Quantize(Pass):
 
     def needs(self, site: Site, view: GraphView) -> Iterable[Need]:
         node, last = view.node(site.key), view.node(site.nodes[-1])
+        if SMOOTH in self.modes and node.op_type in ("MatMul", "Gemm") and not view.in_subgraph(node):
+            yield Need(str(node.inputs[0].name) if node.inputs[0] is not None else "", Statistic.CHANNELS, axis=-1)
         if STATIC not in self.modes or view.in_subgraph(node) or _qdq.obstacle(node, view):
             return
         for name in _qdq.range_owners(node, last, view):
@@ -132,6 +143,18 @@ class Quantize(Pass):
             yield Choice(
                 site, DYNAMIC, Precision.DYNAMIC, bytes_saved=saved, terms=terms, detail=options, effects=False
             )
+            if SMOOTH in self.modes and node.op_type != "LSTM" and not view.in_subgraph(node):
+                yield Choice(
+                    site,
+                    SMOOTH,
+                    Precision.DYNAMIC,
+                    bytes_saved=saved,
+                    terms=(Term("smooth", site.key),),
+                    adds=(("Mul", inputs[0]),),
+                    detail=options,
+                    calibrated=True,
+                    effects=False,
+                )
         if STATIC in self.modes and not view.in_subgraph(node) and _qdq.obstacle(node, view) is None:
             owners = _qdq.range_owners(node, last, view)
             yield Choice(
@@ -158,10 +181,16 @@ class Quantize(Pass):
             self._static(rewriter, evidence).apply(node, rewriter.node(choice.site.nodes[-1]), options)
         elif choice.name == DYNAMIC:
             _dynamic.apply(node, rewriter, options)
+        elif choice.name == SMOOTH:
+            _dynamic.smooth(node, rewriter, options, _absmax(node, evidence))
         else:
             _weight_storage.apply(node, rewriter, options)
 
     def simulate(self, term: Term, rewriter: Rewriter, evidence: Evidence, target: Target, switch: ir.Value) -> bool:
+        if term.kind == "smooth":
+            node = rewriter.node(term.subject)
+            _dynamic.simulate_smooth(node, rewriter, self._options(target), _absmax(node, evidence), switch)
+            return True
         value = rewriter.value(term.subject)
         if term.kind == "weight":
             _weight_storage.simulate(value, rewriter, self._options(target), switch)
@@ -179,6 +208,15 @@ class Quantize(Pass):
 
 
 _OTHER_FLOATS = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+
+
+def _absmax(node: ir.Node, evidence: Evidence) -> npt.NDArray[np.float64]:
+    """Largest absolute value of each channel a matrix product reads."""
+    value = node.inputs[0]
+    need = Need("" if value is None else str(value.name), Statistic.CHANNELS, axis=-1)
+    if not evidence.has(need):
+        raise Skip(f"{need.value!r} was not observed in calibration")
+    return evidence.channels(need.value, -1).absmax
 
 
 def _why_float(node: ir.Node) -> str:

@@ -1,0 +1,190 @@
+"""The cheapest plan of one pass whose real distortion fits the budget.
+
+First the plan that is cheapest with distortion free. Only if that fails on held-out data are the
+terms it causes priced, the plan solved again under a limit, built and checked; where prices turn
+out wrong as a sum, the limit moves, in both directions. The most sensitive sites fall out first,
+because they are what the limit buys back at the least cost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+
+from onnxcompress.base import Choice, Pass, Term
+from onnxcompress.errors import ModelRunError
+from onnxcompress.planner import Plan, Question, ValueCost, solve
+from onnxcompress.report import Attempt
+from onnxcompress.sensitivity import Prices
+from onnxcompress.statistics import Evidence
+from onnxcompress.trial import Built, build
+
+__all__ = ["Checked", "Found", "Search"]
+
+_ATTEMPTS = 6
+_CLOSE = 1.03
+"""A plan this much slower than the slowest one that failed is close enough."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a candidate did on held-out data.
+
+    Attributes:
+        min_sqnr_db: worst output.
+        metric: the user's metric, where there is one.
+        problem: why it is not good enough; empty if it is.
+    """
+
+    min_sqnr_db: float
+    metric: float | None
+    problem: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """The outcome: ``built`` is None if no plan was good enough, and ``problem`` says why."""
+
+    built: Built | None
+    plan: Plan
+    problem: str
+
+
+@dataclass
+class Search:
+    """One pass on one model.
+
+    Attributes:
+        model: the model before the pass.
+        pass_: the pass.
+        evidence: what calibration learned.
+        questions: its sites, priced in seconds.
+        values: conversion costs.
+        noise: noise power the budget allows at the worst output.
+        rate: seconds a byte off the file is worth.
+        price: measures terms.
+        check: runs a candidate on held-out data.
+        prices: what has been measured.
+        impossible: terms that cannot be simulated.
+        attempts: every plan that was built.
+    """
+
+    model: ir.Model
+    pass_: Pass
+    evidence: Evidence
+    questions: list[Question]
+    values: Mapping[str, ValueCost]
+    noise: float
+    rate: float
+    price: Callable[[Sequence[Term]], Prices]
+    check: Callable[[ir.Model], Checked]
+
+    def __post_init__(self) -> None:
+        self.prices: dict[Term, float] = {}
+        self.impossible: dict[Term, str] = {}
+        self.attempts: list[Attempt] = []
+        self.free = self._solve(None)
+
+    def run(self) -> Found:
+        """Searches; deterministic for the same inputs."""
+        best: tuple[Built, Plan] | None = None
+        problem = ""
+        plan, limit = self.free, math.inf
+        holds, fails = 0.0, math.inf  # limits known to hold and to fail
+        out_of_reach = 0.0  # seconds of the slowest plan known to fail
+        tried: set[frozenset[Choice]] = set()
+        for _ in range(_ATTEMPTS):
+            key = frozenset(plan.choices.values())
+            if not key or key in tried:
+                break
+            tried.add(key)
+            built, checked = self._try(plan)
+            if not checked.problem:
+                best = (built, plan) if best is None or plan.seconds < best[1].seconds else best
+                holds = limit
+                if limit is math.inf or best[1].seconds <= _CLOSE * out_of_reach:
+                    break
+                limit = math.sqrt(holds * fails)
+            else:
+                problem, out_of_reach = checked.problem, max(out_of_reach, plan.seconds)
+                if limit is math.inf:
+                    self._measure(plan)
+                    plan = replace(plan, price=self._price(plan))
+                fails = min(limit, plan.price)
+                limit = self._lower(holds, fails, plan, checked)
+            plan = self._solve(limit)
+        if best is None:
+            return Found(None, Plan({}, 0.0, 0.0, 0.0), problem)
+        return Found(best[0], replace(best[1], price=self._price(best[1])), "")
+
+    def by_hand(self) -> Found:
+        """The user's word: the strongest possible choice at every site; checked all the same."""
+        strongest = {q.site.key: q.options[-1] for q in self.questions if q.options}
+        before = sum(q.seconds for q in self.questions)
+        after = sum(strongest[q.site.key].seconds if q.site.key in strongest else q.seconds for q in self.questions)
+        gains = {
+            q.site.key: q.seconds - strongest[q.site.key].seconds for q in self.questions if q.site.key in strongest
+        }
+        plan = Plan({k: o.choice for k, o in strongest.items()}, after, before, 0.0, gains)
+        built, checked = self._try(plan)
+        if checked.problem:
+            return Found(None, Plan({}, 0.0, 0.0, 0.0), checked.problem)
+        return Found(built, plan, "")
+
+    def _lower(self, holds: float, fails: float, plan: Plan, checked: Checked) -> float:
+        """A smaller limit: prices are off by a common factor, which the last try tells."""
+        if holds > 0:
+            return math.sqrt(holds * fails)
+        real = 10 ** (-checked.min_sqnr_db / 10)
+        factor = self.noise / real if 0 < real < math.inf else 0.1
+        return min(0.5 * fails, 0.9 * factor * plan.price)
+
+    def _solve(self, limit: float | None) -> Plan:
+        """The best plan under a limit, all of whose terms have been measured.
+
+        Terms not measured yet count as free, so the solver is drawn to them; then they are measured
+        and it solves again. What no good plan would cause is never tried.
+        """
+        while True:
+            plan = solve(self.questions, self.values, self.prices, budget=limit, seconds_per_byte=self.rate)
+            if limit is None or not self._measure(plan):
+                return plan
+
+    def _measure(self, plan: Plan) -> bool:
+        known = self.prices.keys() | self.impossible.keys()
+        new = sorted({t for c in plan.choices.values() for t in c.terms} - known)
+        if not new:
+            return False
+        found = self.price(new)
+        self.prices.update(found.terms)
+        self.impossible.update(found.impossible)
+        self.questions = [
+            replace(q, options=tuple(o for o in q.options if not self.impossible.keys() & set(o.choice.terms)))
+            for q in self.questions
+        ]
+        return True
+
+    def _price(self, plan: Plan) -> float:
+        return sum(self.prices.get(t, 0.0) for t in {t for c in plan.choices.values() for t in c.terms})
+
+    def _try(self, plan: Plan) -> tuple[Built, Checked]:
+        built = build(self.model, self.pass_, plan.choices.values(), self.evidence)
+        try:
+            checked = self.check(built.model)
+        except ModelRunError as error:
+            checked = Checked(-math.inf, None, f"it does not run: {error.message}")
+        self.attempts.append(
+            Attempt(
+                kind=self.pass_.name,
+                sites=len(built.made),
+                predicted_ms=1e3 * plan.seconds,
+                min_sqnr_db=checked.min_sqnr_db,
+                metric=checked.metric,
+                speed_up=None,
+                verdict=checked.problem or "accepted",
+            )
+        )
+        return built, checked
