@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import math
 import pickle
+import shutil
 import struct
 import tempfile
+import weakref
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,7 +49,7 @@ class Spool:
         self._limit = limit
         self._used = 0
         self._memory: list[dict[str, Any]] = []
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: Path | None = None
         self._on_disk = 0
 
     @property
@@ -65,8 +67,9 @@ class Spool:
             self._used += size
             return
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="onnxcompress-feeds-", ignore_cleanup_errors=True)
-        with (Path(self._folder.name) / f"{self._on_disk}").open("wb") as file:
+            self._folder = Path(tempfile.mkdtemp(prefix="onnxcompress-feeds-"))
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        with (self._folder / f"{self._on_disk}").open("wb") as file:
             pickle.dump(dict(feed), file, protocol=5)
         self._on_disk += 1
 
@@ -83,7 +86,7 @@ class Spool:
     def _load(self, index: int) -> dict[str, Any]:
         if self._folder is None:
             raise IndexError(index)
-        with (Path(self._folder.name) / f"{index}").open("rb") as file:
+        with (self._folder / f"{index}").open("rb") as file:
             loaded: dict[str, Any] = pickle.load(file)  # written above, in a folder only we can enter
         return loaded
 

@@ -121,7 +121,7 @@ def _rounding_cost(centers: Floats, counts: Floats, ends: tuple[float, float], l
     step = (high - low) / (levels - 1)
     zero = np.rint(-low / step)
     error = centers - (np.clip(np.rint(centers / step) + zero, 0, levels - 1) - zero) * step
-    return float(np.dot(error * error, counts))
+    return float(np.einsum("i,i,i->", error, error, counts))
 
 
 def _tail(centers: Floats, counts: Floats, flat: Floats, ends: Floats, sign: int) -> tuple[Floats, Floats]:
@@ -253,7 +253,8 @@ def _best_shrink(block: npt.NDArray[np.float32], absmax: npt.NDArray[np.float32]
     for row in range(block.shape[0]):
         values = np.abs(block[row]) * np.float32(_WEIGHT_BINS / safe[row])
         bins = np.minimum(values.astype(np.int64), _WEIGHT_BINS - 1)
-        factor[row] = _SHRINK[np.argmin(table @ np.bincount(bins, minlength=_WEIGHT_BINS))]
+        counts = np.bincount(bins, minlength=_WEIGHT_BINS)
+        factor[row] = _SHRINK[np.argmin(np.einsum("fb,b->f", table, counts))]
     worse = _rounding_error(block, safe * factor / top, top) > _rounding_error(block, safe / top, top)
     factor[worse] = 1
     return factor
@@ -262,4 +263,4 @@ def _best_shrink(block: npt.NDArray[np.float32], absmax: npt.NDArray[np.float32]
 def _rounding_error(block: npt.NDArray[np.float32], scale: npt.NDArray[Any], top: int) -> Floats:
     scale = scale.astype(np.float32)[:, None]
     error = block - np.clip(np.rint(block / scale), -top, top) * scale
-    return np.asarray(np.vecdot(error, error), np.float64)
+    return np.asarray(np.einsum("ci,ci->c", error, error), np.float64)
