@@ -15,7 +15,7 @@ from typing import ClassVar
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedOpsetsPass
 
-from onnxcompress.base import Choice, Pass, Site, Skip, Skipped, Stage
+from onnxcompress.base import Choice, Pass, Site, Skipped, Stage
 from onnxcompress.rewrite import Rewriter
 from onnxcompress.statistics import Evidence
 from onnxcompress.target import Target
@@ -41,7 +41,7 @@ class RemoveDeadCode(Pass):
                 dead |= {node, *body_nodes(node)}
         inner = {n for node in dead for n in body_nodes(node)}
         yield from (Site.of(n, *body_nodes(n)) for n in reversed(view.nodes()) if n in dead and n not in inner)
-        weights = [v for v in view.weights() if not v.is_graph_output() and not v.uses()]
+        weights = [v for v in view.weights() if not v.is_graph_output() and all(u in dead for u, _ in v.uses())]
         if weights:
             yield Site(_WEIGHTS, tuple(str(v.name) for v in weights))
         unused = set(view.model.graph.opset_imports) - set(view.domains()) - {""}
@@ -56,5 +56,5 @@ class RemoveDeadCode(Pass):
             rewriter.drop_unused_weights()
         elif choice.site.key == _OPSETS:
             rewriter.run_library_pass(RemoveUnusedOpsetsPass(), "remove unused operator sets")
-        elif not rewriter.remove_unused(rewriter.node(choice.site.key)):
-            raise Skip("it is read again")
+        else:
+            rewriter.remove(rewriter.node(choice.site.key))
