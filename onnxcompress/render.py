@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
@@ -176,14 +177,12 @@ def _totals(what: Report) -> Table:
 
 
 def _latency_row(latency: Latency) -> tuple[str, str, str, str]:
-    faster = latency.speed_up >= 1
-    factor = latency.speed_up if faster else 1 / latency.speed_up if latency.speed_up > 0 else math.inf
     return (
         "measured here",
         milliseconds(latency.before_ms),
         milliseconds(latency.after_ms),
-        f"{factor:.2f}x {'faster' if faster else 'slower'}"
-        f" ({_count(latency.rounds, 'round')}, {_count(latency.threads, 'thread')})",
+        f"{_ratio(latency.speed_up, 1.0, 'faster', 'slower')}"
+        f" ({_count(latency.rounds, 'round')} in turns, {_count(latency.threads, 'thread')})",
     )
 
 
@@ -206,7 +205,14 @@ def _sites(sites: Sequence[SiteReport], verbose: bool) -> Table:
         heads = ("pass", "op", "node", "decision", "reason", "saves", "off the file", "noise")
         return _without_empty(rows, heads, right=(5, 6, 7))
     rows = [
-        (f"{g.count} x", g.op, g.pass_name, g.decision, g.reason, *_amounts(g.gain_ms, g.bytes_saved, g.distortion_db))
+        (
+            f"{g.count} x",
+            next(iter(g.ops)) if len(g.ops) == 1 else ", ".join(f"{op} {n}" for op, n in g.ops.items()),
+            g.pass_name,
+            g.decision,
+            g.reason,
+            *_amounts(g.gain_ms, g.bytes_saved, g.distortion_db),
+        )
         for g in collapse(sites)
     ]
     heads = ("", "op", "pass", "decision", "reason", "saves", "off the file", "most noise")
@@ -233,48 +239,69 @@ def _without_empty(rows: Sequence[Sequence[str]], heads: Sequence[str], right: S
 
 @dataclasses.dataclass(frozen=True)
 class SiteGroup:
-    """Sites that met the same fate; ``gain_ms`` and ``bytes_saved`` are sums, the noise is the worst."""
+    """Sites that met the same fate.
 
-    count: int
+    Attributes:
+        pass_name: whose sites.
+        ops: how many of each operator type, most first.
+        decision: what was done.
+        reason: what their reasons have in common.
+        gain_ms: sum.
+        bytes_saved: sum.
+        distortion_db: the worst.
+    """
+
     pass_name: str
-    op: str
+    ops: Mapping[str, int]
     decision: str
     reason: str
     gain_ms: float
     bytes_saved: int
     distortion_db: float | None
 
+    @property
+    def count(self) -> int:
+        return sum(self.ops.values())
+
 
 def collapse(sites: Iterable[SiteReport]) -> list[SiteGroup]:
-    """Groups sites by pass, operator, decision and reason, the largest gain and count first.
+    """Groups sites by pass, decision and reason; changed ones by operator type too.
 
     Reasons that differ in quoted names and numbers only are one: "saves 0.1 ms" and "saves 0.3 ms"
-    become "saves 0.1..0.3 ms".
+    become "saves 0.1..0.3 ms". The last pass comes first, and in it what saves or counts most.
     """
     groups: dict[tuple[str, str, str, str], list[SiteReport]] = {}
-    for site in sites:
-        key = (site.pass_name, site.op, site.decision, _VARIABLE.sub("\0", site.reason))
-        groups.setdefault(key, []).append(site)
+    last: dict[str, int] = {}
+    for number, site in enumerate(sites):
+        op = "" if site.decision == "keep" else site.op
+        groups.setdefault((site.pass_name, op, site.decision, _VARIABLE.sub("\0", _general(site))), []).append(site)
+        last[site.pass_name] = number
     found = [
         SiteGroup(
-            count=len(members),
             pass_name=name,
-            op=op,
+            ops=dict(Counter(m.op for m in members).most_common()),
             decision=decision,
-            reason=_common_reason([m.reason for m in members]),
+            reason=_common_reason(members),
             gain_ms=sum(m.gain_ms for m in members),
             bytes_saved=sum(m.bytes_saved for m in members),
             distortion_db=max((m.distortion_db for m in members if m.distortion_db is not None), default=None),
         )
-        for (name, op, decision, _), members in groups.items()
+        for (name, _, decision, _), members in groups.items()
     ]
-    return sorted(found, key=lambda g: (-g.gain_ms, -g.count, g.op, g.reason))
+    return sorted(found, key=lambda g: (-last[g.pass_name], -g.gain_ms, -g.bytes_saved, -g.count, g.reason))
 
 
-def _common_reason(reasons: Sequence[str]) -> str:
+def _general(site: SiteReport) -> str:
+    """The reason, with a mark where it ends in the site's operator type ("no int8 kernel for Div")."""
+    return site.reason.removesuffix(site.op) + "\1" if site.op and site.reason.endswith(f" {site.op}") else site.reason
+
+
+def _common_reason(sites: Sequence[SiteReport]) -> str:
+    reasons = [_general(s) for s in sites]
     words = _VARIABLE.split(reasons[0])
     values = list(zip(*(_VARIABLE.findall(r) for r in reasons), strict=True))
-    return words[0] + "".join(_span(v) + w for v, w in zip(values, words[1:], strict=True))
+    text = words[0] + "".join(_span(v) + w for v, w in zip(values, words[1:], strict=True))
+    return text.replace("\1", sites[0].op if len({s.op for s in sites}) == 1 else "it")
 
 
 def _span(values: Sequence[str]) -> str:
