@@ -18,11 +18,12 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnxcompress.errors import DataError, UsageError, suggest
+from onnxcompress.errors import DataError, ModelRunError, UsageError, suggest
 from onnxcompress.feeds import Feed, InputSpec, checked, input_specs, only_input
 from onnxcompress.images import IMAGE_SUFFIXES, Preprocess
 from onnxcompress.origins import Files, Images, Listed, Origin, Spool, Stacked
-from onnxcompress.synthetic import Synthetic
+from onnxcompress.session import Runner
+from onnxcompress.synthetic import SIZES, Synthetic
 
 __all__ = ["Feed", "InputSpec", "Source", "Spool", "input_specs", "open_data"]
 
@@ -147,7 +148,8 @@ def open_data(
             - ``"module:function"``, called without arguments, giving feed dicts; the current folder
               is on the path;
             - an iterable of feed dicts, or a callable that gives one;
-            - None: feeds made up from the graph's declared shapes and types.
+            - None: feeds made up from the graph's declared shapes and types (where sizes are left open,
+              usual ones are tried until the model runs).
         model: whose inputs they feed.
         preprocess: for images, see :class:`~onnxcompress.images.Preprocess`.
         limit: at most so many samples, spread evenly (the first ones, of Python code).
@@ -163,7 +165,7 @@ def open_data(
     if isinstance(source, Source):
         return source.take(limit) if limit is not None else source
     if source is None:
-        made_up = Synthetic(model, specs, limit or SYNTHETIC_SAMPLES, seed)
+        made_up = _made_up(model, specs, limit or SYNTHETIC_SAMPLES, seed)
         return Source(made_up, specs, made_up.description, synthetic=True)
     if isinstance(source, (str, os.PathLike)):
         opened = _open_path(os.fspath(source), specs, preprocess, limit)
@@ -179,6 +181,27 @@ def open_data(
         )
     opened.first()  # what is wrong with every sample should not come up minutes later
     return opened.take(limit) if limit is not None else opened
+
+
+def _made_up(model: ir.Model, specs: Mapping[str, InputSpec], count: int, seed: int) -> Synthetic:
+    """Where sizes are not declared, the first guess that the model runs with."""
+    made_up = Synthetic(model, specs, count, seed)
+    if not made_up.guessed:
+        return made_up
+    runner = Runner(model)
+    refusal: ModelRunError | None = None
+    for sizes in SIZES:
+        made_up = Synthetic(model, specs, count, seed, sizes)
+        try:
+            runner.run(next(made_up.read([0])))
+        except ModelRunError as error:
+            refusal = refusal or error
+        else:
+            return made_up
+    raise DataError(
+        "input sizes are not declared, and the model runs with none of those tried",
+        hint="give calibration data, or fix the input shapes in the model",
+    ) from refusal
 
 
 def _open_path(text: str, specs: Mapping[str, InputSpec], preprocess: str | None, limit: int | None) -> Source:

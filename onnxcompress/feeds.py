@@ -50,7 +50,7 @@ _FEEDABLE = {
 def _spec(value: ir.Value) -> InputSpec:
     shape = None
     if value.shape is not None:
-        shape = tuple(d if isinstance(d, int) else d.value for d in value.shape.dims)
+        shape = tuple(_dim(d if isinstance(d, int) else d.value) for d in value.shape.dims)
     dtype = value.dtype if isinstance(value.type, ir.TensorType) else None
     numpy_type = dtype.numpy() if dtype in _FEEDABLE and dtype is not None else None
     return InputSpec(str(value.name), numpy_type, shape, dtype == ir.DataType.STRING)
@@ -63,6 +63,13 @@ def only_input(specs: Mapping[str, InputSpec], kind: str) -> InputSpec:
             hint="give .npz files with an array per input",
         )
     return next(iter(specs.values()))
+
+
+def _dim(dim: int | str | None) -> int | str | None:
+    """Exporters write an unknown dimension in several ways: -1, 0, "?" or an invented name."""
+    if isinstance(dim, int):
+        return dim if dim > 0 else None
+    return None if dim is None or dim in ("", "?") or dim.startswith("unk__") else dim
 
 
 # --- checking ----------------------------------------------------------------------------------

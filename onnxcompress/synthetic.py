@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,22 +13,39 @@ import onnx_ir as ir
 from onnxcompress.errors import DataError
 from onnxcompress.feeds import InputSpec
 
-__all__ = ["Synthetic"]
+__all__ = ["SIZES", "Sizes", "Synthetic"]
 
 Array = npt.NDArray[Any]
+
+
+class Sizes(NamedTuple):
+    """What dynamic axes are given: of pictures, of (batch, length) float signals, of anything else."""
+
+    height: int = 224
+    width: int = 224
+    signal: int = 512
+    length: int = 32
+
+
+SIZES = (Sizes(), Sizes(length=1), Sizes(48, 320), Sizes(32, 320), Sizes(64, 224), Sizes(640, 640), Sizes(signal=16000))
+"""Tried in this order until the model runs: a recogniser of lines wants 48 rows, a recurrent state 1."""
 
 
 class Synthetic:
     """Feeds from the declared shapes and types: standard normal floats, small integers.
 
-    Dynamic axes: 1 for the first, 224 for height and width, 512 for the length of a (batch, length)
-    signal, 32 otherwise; the same for the same symbol. Integers that index a weight stay inside it,
-    one that is compared with a constant equals it, masks are 1, segment ids 0, positions count up.
+    Dynamic axes: 1 for the first, then what ``sizes`` says; the same for the same symbol. Integers
+    that index a weight stay inside it, one that is compared with a constant equals it, masks are 1,
+    segment ids 0, positions count up.
     """
 
-    def __init__(self, model: ir.Model, specs: Mapping[str, InputSpec], count: int, seed: int) -> None:
+    def __init__(
+        self, model: ir.Model, specs: Mapping[str, InputSpec], count: int, seed: int, sizes: Sizes | None = None
+    ) -> None:
         self._count, self._seed, self._specs = count, seed, specs
         symbols: dict[str, int] = {}
+        self.guessed = False
+        """Whether an axis other than the first had no declared size."""
         self._shapes: dict[str, tuple[int, ...]] = {}
         for name, spec in specs.items():
             if spec.dtype is None or spec.shape is None:
@@ -37,7 +54,8 @@ class Synthetic:
                     input=name,
                     hint="give calibration data",
                 )
-            self._shapes[name] = tuple(_default_size(spec, axis, symbols) for axis in range(len(spec.shape)))
+            self.guessed |= any(not isinstance(d, int) for d in spec.shape[1:])
+            self._shapes[name] = tuple(_size(spec, i, symbols, sizes or SIZES[0]) for i in range(len(spec.shape)))
         self._below = {str(v.name): _below(v) for v in model.graph.inputs}
         self._equal = {str(v.name): _compared_with(v) for v in model.graph.inputs}
         shapes = ", ".join(f"{n} {'x'.join(map(str, s)) or 'scalar'}" for n, s in self._shapes.items())
@@ -69,11 +87,11 @@ class Synthetic:
         return rng.integers(0, min(high, int(np.iinfo(dtype).max) + 1), shape).astype(dtype)
 
 
-def _default_size(spec: InputSpec, axis: int, symbols: dict[str, int]) -> int:
+def _size(spec: InputSpec, axis: int, symbols: dict[str, int], sizes: Sizes) -> int:
     shape = spec.shape or ()
     dim = shape[axis]
     if isinstance(dim, int):
-        return max(dim, 1)
+        return dim
     if isinstance(dim, str) and dim in symbols:
         return symbols[dim]
     channels_last = len(shape) == 4 and shape[-1] in (1, 3, 4)
@@ -81,9 +99,11 @@ def _default_size(spec: InputSpec, axis: int, symbols: dict[str, int]) -> int:
         size = 1
     elif len(shape) == 4:
         channel = 3 if channels_last else 1
-        size = 3 if axis == channel else 224
+        height = 1 if channels_last else 2
+        size = 3 if axis == channel else sizes.height if axis == height else sizes.width
     else:
-        size = 512 if len(shape) == 2 and spec.dtype is not None and spec.dtype.kind == "f" else 32
+        signal = len(shape) == 2 and spec.dtype is not None and spec.dtype.kind == "f"
+        size = sizes.signal if signal else sizes.length
     if isinstance(dim, str):
         symbols[dim] = size
     return size

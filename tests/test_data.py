@@ -337,6 +337,24 @@ def test_made_up_shapes_and_types() -> None:
     assert feed["raw"].max() > 100
 
 
+def test_sizes_left_open_are_tried_until_the_model_runs() -> None:
+    lines = model_of("float[N, 3, H, W] x", "t = Constant <value = int64[4] {1, 3, 48, 1}> ()  y = Expand (x, t)")
+    (feed,) = open_data(None, lines, limit=1)
+    assert feed["x"].shape == (1, 3, 48, 320)
+    never = model_of(
+        "float[N, 3, H, W] x", "t = Constant <value = int64[4] {1, 3, 7, 5}> ()  y = Expand (x, t)", "float[K] y"
+    )
+    with pytest.raises(DataError, match="runs with none of those tried"):
+        open_data(None, never)
+
+
+@pytest.mark.parametrize("written", ["-1", "0"])
+def test_negative_and_zero_sizes_are_unknown_ones(written: str) -> None:
+    model = model_of("float[2, 4] x")
+    model.graph.inputs[0].shape = ir.Shape([int(written), 4])
+    assert [f["x"].shape for f in open_data([{"x": rows(3)}], model)] == [(3, 4)]
+
+
 # --- checks --------------------------------------------------------------------------------------
 
 
