@@ -37,7 +37,7 @@ from onnxcompress.statistics import ChannelMoments, Evidence, Need, Statistic
 from onnxcompress.target import Target
 from onnxcompress.view import GraphView
 
-__all__ = ["Equalize", "rounding_noise"]
+__all__ = ["Equalize", "cross_layer_scales", "rounding_noise", "smoothing_scales"]
 
 Array = npt.NDArray[np.float64]
 
@@ -99,7 +99,7 @@ class Equalize(Pass):
         made = _made(rewriter, scaling)
         before = rounding_noise(np.ones(scaling.channels), weights, moments, rectified=scaling.rectified)
         best, gain = None, -np.inf
-        for wanted in (_ratio(made, read) ** 0.5, _ratio(moments.absmax**self.alpha, read ** (1 - self.alpha))):
+        for wanted in (cross_layer_scales(made, read), smoothing_scales(moments.absmax, read, self.alpha)):
             scales = _powers_of_two(wanted)
             after = rounding_noise(scales, weights, moments, rectified=scaling.rectified)
             change = 10 * np.log10(before / after) if before > 0 and after > 0 else 0.0
@@ -111,6 +111,16 @@ class Equalize(Pass):
             part.scale(rewriter, 1 / best)
         for part in scaling.readers:
             part.scale(rewriter, best)
+
+
+def cross_layer_scales(made: Array, read: Array) -> Array:
+    """Scales after which the weights that make and read a channel have equal ranges (Nagel et al. 2019)."""
+    return np.sqrt(_ratio(made, read))
+
+
+def smoothing_scales(activations: Array, read: Array, alpha: float) -> Array:
+    """Scales that move a share ``alpha`` of the activations' ranges into the weights (Xiao et al. 2022)."""
+    return _ratio(activations**alpha, read ** (1 - alpha))
 
 
 def rounding_noise(
