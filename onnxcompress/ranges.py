@@ -245,7 +245,7 @@ def weight_scales(
 
 
 def _best_shrink(block: npt.NDArray[np.float32], absmax: npt.NDArray[np.float32], top: int) -> npt.NDArray[np.float32]:
-    safe = np.where(absmax > 0, absmax, np.float32(1))
+    safe = np.maximum(absmax, np.float32(1e-30))  # below that nothing can be gained, and dividing overflows
     points = (np.arange(_WEIGHT_BINS) + 0.5) / _WEIGHT_BINS
     step = _SHRINK[:, None] / top
     table = (points - np.minimum(np.rint(points / step), top) * step) ** 2  # (factors, bins)

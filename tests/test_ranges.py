@@ -192,6 +192,13 @@ def test_a_channel_of_zeros_gets_a_usable_scale() -> None:
     assert (weight_scales(np.zeros((2, 2), np.float32), 0) == 1).all()
 
 
+def test_the_smallest_numbers_there_are() -> None:
+    array = np.full((2, 3), 1e-45, np.float32)
+    scales = weight_scales(array, 0)
+    assert (scales > 0).all()
+    assert np.isfinite(array / scales).all()
+
+
 def test_weights_have_minmax_and_mse_only() -> None:
     with pytest.raises(UsageError, match="no entropy range"):
         weight_scales(np.ones((2, 2), np.float32), 0, method=RangeMethod.ENTROPY)
