@@ -12,7 +12,7 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,6 @@ SPOOL_SAMPLES = 4096
 """Python code that yields more feeds than this is cut off here, unless a limit says otherwise."""
 SYNTHETIC_SAMPLES = 16
 """Feeds made up when there is no data and no limit."""
-
-Data = str | os.PathLike[str] | Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]] | None
 
 
 # --- the source --------------------------------------------------------------------------------
@@ -134,7 +132,7 @@ class Source:
 
 
 def open_data(
-    source: Data, model: ir.Model, *, preprocess: str | None = None, limit: int | None = None, seed: int = 0
+    source: object, model: ir.Model, *, preprocess: str | None = None, limit: int | None = None, seed: int = 0
 ) -> Source:
     """Calibration data of any kind as a :class:`Source`.
 

@@ -133,7 +133,7 @@ def measure(
     after: Model,
     feed: Feed,
     *,
-    min_seconds: float = 1.5,
+    seconds: float = 1.5,
     min_rounds: int = 10,
     max_rounds: int = 2000,
     threads: int = 1,
@@ -144,7 +144,7 @@ def measure(
         before: the original.
         after: the result.
         feed: one feed for both.
-        min_seconds: stops after this long, once there are ``min_rounds``; slow models get fewer
+        seconds: stops after this long, once there are ``min_rounds``; slow models get fewer
             rounds rather than more than four times as long, but at least one.
         min_rounds: fewest rounds, time permitting.
         max_rounds: most rounds.
@@ -162,7 +162,7 @@ def measure(
             runner.run(feed)
             times[index].append(time.perf_counter() - begin)
         spent = time.perf_counter() - start
-        if spent >= 4 * min_seconds or (spent >= min_seconds and number + 1 >= min_rounds):
+        if spent >= 4 * seconds or (spent >= seconds and number + 1 >= min_rounds):
             break
     a, b = np.array(times[0]), np.array(times[1])
     return Latency(

@@ -288,11 +288,11 @@ def test_code_that_fails_or_gives_nonsense(one: ir.Model) -> None:
     with pytest.raises(DataError, match=r"sample 1: .*broken raised RuntimeError: disk on fire"):
         open_data(broken, one)
     with pytest.raises(DataError, match="gives a dict"):
-        open_data(lambda: {"x": rows(1)}, one)  # type: ignore[arg-type,return-value]
+        open_data(lambda: {"x": rows(1)}, one)
     with pytest.raises(DataError, match="not a dict"):
-        open_data([rows(1)], one)  # type: ignore[list-item]
+        open_data([rows(1)], one)
     with pytest.raises(DataError, match="a int is no calibration data"):
-        open_data(3, one)  # type: ignore[arg-type]
+        open_data(3, one)
 
 
 # --- made up -------------------------------------------------------------------------------------

@@ -265,7 +265,7 @@ def test_measuring_is_interleaved_and_bounded() -> None:
             return super().run(feed, names)
 
     a, b = Spy(scaled(1.0), outputs=("m",), threads=1), Spy(scaled(1.0), outputs=("y",), threads=1)
-    latency = measure(a, b, feeds(1, 10)[0], min_seconds=0, min_rounds=4)
+    latency = measure(a, b, feeds(1, 10)[0], seconds=0, min_rounds=4)
     assert latency.rounds >= 1
     timed = order[4:]
     assert len(timed) == 2 * latency.rounds
@@ -274,4 +274,4 @@ def test_measuring_is_interleaved_and_bounded() -> None:
     assert latency.before_ms > 0
     assert latency.after_ms > 0
     assert latency.threads == 1
-    assert measure(scaled(1.0), scaled(1.0), feeds(1, 10)[0], min_seconds=60, max_rounds=3).rounds == 3
+    assert measure(scaled(1.0), scaled(1.0), feeds(1, 10)[0], seconds=60, max_rounds=3).rounds == 3
