@@ -35,11 +35,13 @@ class Run:
     Attributes:
         result: What it returned; holds only ``error`` when it failed.
         seconds: From start to end, imports included.
+        cpu_seconds: Processor time of all its threads and children; hardly depends on other load.
         peak_mb: Largest resident set of it or of any one child; ``None`` when it was killed.
     """
 
     result: dict[str, Any]
     seconds: float
+    cpu_seconds: float
     peak_mb: float | None
 
     @property
@@ -49,20 +51,28 @@ class Run:
 
 
 def run_worker(module: str, *arguments: str, timeout: float = 3600) -> Run:
-    """Run ``python -m module arguments...``; it writes its result as JSON to ``$RESULT_FILE``."""
+    """Run ``python -m module arguments...``; it writes its result as JSON to ``$RESULT_FILE``.
+
+    It runs in a folder that is deleted afterwards: onnxruntime's preparation leaves hundreds of
+    megabytes in the current one when it fails. Paths among the arguments have to be absolute.
+    """
     with tempfile.TemporaryDirectory() as folder:
         result_file, log_file = Path(folder) / "result.json", Path(folder) / "log"
         environment = {**os.environ, "RESULT_FILE": str(result_file), "PYTHONPATH": _python_path()}
+        if zoo := os.environ.get("ONNXCOMPRESS_ZOO"):
+            environment["ONNXCOMPRESS_ZOO"] = str(Path(zoo).resolve())
         with log_file.open("wb") as log:
-            start = time.perf_counter()
+            start, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
             process = subprocess.Popen(
                 [sys.executable, "-m", module, *arguments],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, cwd=folder,
             )  # fmt: skip
             timer = threading.Timer(timeout, process.kill)
             timer.start()
             code = process.wait()
             seconds = time.perf_counter() - start
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            cpu = after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime
             expired = code < 0 and not timer.is_alive()
             timer.cancel()
         if result_file.is_file():
@@ -73,7 +83,7 @@ def run_worker(module: str, *arguments: str, timeout: float = 3600) -> Run:
             said = log_file.read_text(errors="replace").strip().splitlines() or [""]
             result = {"error": f"exit status {code}: {said[-1]}"[:200]}
     peak = result.pop("peak_mb", None)
-    return Run(result, round(seconds, 2), peak)
+    return Run(result, round(seconds, 2), round(cpu, 2), peak)
 
 
 def peak_mb() -> float:
@@ -115,8 +125,8 @@ def interleaved_latency(
 ) -> list[dict[str, float | str]]:
     """Latency of each model on ``feed``, all taking turns, one thread.
 
-    Every round runs each model once (several times when a run takes under 3 ms), in an order
-    that rotates. Rounds go on for ``seconds``, but at least ``least`` and at most ``most``.
+    Every round runs each model once (several times when a run takes under 3 ms), in random
+    order. Rounds go on for ``seconds``, but at least ``least`` and at most ``most``.
 
     Returns:
         For each path ``p10_ms``, ``median_ms``, ``min_ms`` and ``rounds``, or ``error``.
@@ -136,14 +146,13 @@ def interleaved_latency(
             sessions.pop(i, None)
             text = str(error).strip().splitlines()
             results[i] = {"error": f"{type(error).__name__}: {text[0] if text else ''}"[:160]}
-    order = list(sessions)
-    times: dict[int, list[float]] = {i: [] for i in order}
+    times: dict[int, list[float]] = {i: [] for i in sessions}
+    shuffle = np.random.default_rng(0)  # a fixed order would always put the same one in the other's cache
     end = time.perf_counter() + seconds
     for done in range(most):
         if done >= least and time.perf_counter() > end:
             break
-        order = order[1:] + order[:1]
-        for i in order:
+        for i in shuffle.permutation(list(sessions)):
             start = time.perf_counter()
             for _ in range(repeats[i]):
                 sessions[i].run(None, feed)

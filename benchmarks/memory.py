@@ -194,10 +194,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
     if "calibrate" in options.parts:
-        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        with tempfile.TemporaryDirectory(dir=options.folder and options.folder.resolve()) as folder:
             rows += calibration(Path(folder))
     if "edit" in options.parts:
-        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        with tempfile.TemporaryDirectory(dir=options.folder and options.folder.resolve()) as folder:
             rows += large_model(int(options.size), Path(folder))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
