@@ -413,26 +413,32 @@ def compare(first: Path, second: Path, calibration: str | None, preprocess: str 
 @click.argument("optimized", type=_MODEL, metavar="OPTIMIZED")
 @_calibration
 @_preprocess
-@click.option("--min-sqnr", type=float, default=30.0, show_default=True, metavar="DB", help="Of the worst output.")
+@click.option("--min-sqnr", type=float, metavar="DB", help="Of the worst output; by default that of `optimize`.")
 def verify(
-    original: Path, optimized: Path, calibration: str | None, preprocess: str | None, min_sqnr: float, verbose: bool
+    original: Path,
+    optimized: Path,
+    calibration: str | None,
+    preprocess: str | None,
+    min_sqnr: float | None,
+    verbose: bool,
 ) -> Answer:
     """Check that OPTIMIZED answers as ORIGINAL does.
 
     Exits with 1 if it does not.
     """
-    from onnxcompress import inspection
+    from onnxcompress import inspection, pipeline
 
     if calibration is None:
         _warn("no --calibration data: the models are compared on made-up inputs")
+    least = pipeline.DEFAULT_MIN_SQNR_DB if min_sqnr is None else min_sqnr
     found = inspection.verify(original, optimized, calibration, preprocess=preprocess)
-    passed = found.min_sqnr_db >= min_sqnr
-    verdict = f"worst output {render.decibel(found.min_sqnr_db)}, {min_sqnr:g} dB asked for"
+    passed = found.min_sqnr_db >= least
+    verdict = f"worst output {render.decibel(found.min_sqnr_db)}, {least:g} dB asked for"
     text = Group(
-        render.comparison(found, None),
+        render.comparison(found),
         Text(f"{'passed' if passed else 'FAILED'}: {verdict}", style="green" if passed else "bold red"),
     )
-    return Answer({"passed": passed, "min_sqnr_db": min_sqnr, "comparison": found}, text, status=0 if passed else 1)
+    return Answer({"passed": passed, "min_sqnr_db": least, "comparison": found}, text, status=0 if passed else 1)
 
 
 @cli.group(no_args_is_help=False)

@@ -477,7 +477,8 @@ def passes(found: Sequence[Mapping[str, Any]]) -> RenderableType:
     parts: list[RenderableType] = []
     for one in found:
         kind = ", ".join((one["stage"], "lossless" if one["lossless"] else "lossy"))
-        parts.append(Text.assemble((one["name"], "bold"), f"  ({kind})  {one['summary']}"))
+        parts.append(Text.assemble((one["name"], "bold"), f"  ({kind})"))
+        parts.append(Padding(Text(one["summary"]), (0, 0, 0, 4)))
         rows = [(o["name"], o["type"], _option_default(o["default"])) for o in one["options"]]
         if rows:
             parts.append(Padding(columns(rows, ("option", "type", "default")), (0, 0, 0, 4)))
