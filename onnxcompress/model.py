@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     """Reads a model and brings it to the form every other module relies on.
 
     Local functions are inlined, weights in Constant nodes become initializers, initializers that
-    are also graph inputs stop being inputs, sparse initializers become dense, and every node and
+    are also graph inputs stop being inputs, sparse tensors become dense, and every node and
     value gets a unique name. Each such change is in :func:`notes`.
 
     Args:
@@ -84,13 +85,15 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
 
     Raises:
         ModelReadError: no such file, not ONNX, truncated, or external data missing or too short.
-        UnsupportedModelError: the model has no graph or holds training information only.
+        UnsupportedModelError: a sparse tensor with external data.
     """
     path = Path(path)
     proto = _read_proto(path)
     if not proto.HasField("graph"):
         raise ModelReadError("holds no graph, so it is not an ONNX model", path=path)
-    changed = _densify_sparse_initializers(proto, path)
+    changed = _densify_sparse_tensors(proto, path)
+    if proto.training_info:
+        changed.append("training information was left out")
     _check_external_data(proto.graph, path)
     try:
         model = ir.from_proto(proto)
@@ -121,6 +124,10 @@ def canonicalize(model: ir.Model) -> list[str]:
     for value in omitted:  # the pass names optional outputs that were left out, which would ask for them
         value.name = ""
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    for graph in all_graphs(model):
+        for value in graph.initializers.values():
+            if value.const_value is not None and value.metadata_props == value.const_value.metadata_props:
+                value.metadata_props.clear()  # onnx-ir keeps both copies and writes both: one more each time
     _name_everything(model)
     return changed
 
@@ -389,29 +396,43 @@ def _proto_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
                 yield from _proto_graphs(inner)
 
 
-def _densify_sparse_initializers(proto: onnx.ModelProto, path: Path) -> list[str]:
+def _densify_sparse_tensors(proto: onnx.ModelProto, path: Path) -> list[str]:
     """onnx-ir drops sparse initializers without a word, so they are made dense before it sees them."""
     changed = []
     for graph in _proto_graphs(proto.graph):
         for sparse in graph.sparse_initializer:
-            name = sparse.values.name
-            if sparse.values.data_location == onnx.TensorProto.EXTERNAL:
-                raise UnsupportedModelError("a sparse initializer with external data", path=path, tensor=name)
-            values = onnx.numpy_helper.to_array(sparse.values)
-            indices = onnx.numpy_helper.to_array(sparse.indices)
-            dense = np.zeros(tuple(sparse.dims), values.dtype)
-            if indices.ndim == 1:
-                dense.reshape(-1)[indices] = values
-            else:
-                dense[tuple(indices.T)] = values
-            graph.initializer.append(onnx.numpy_helper.from_array(dense, name))
-            changed.append(f"sparse initializer {name!r} was made dense")
+            graph.initializer.append(_dense(sparse, sparse.values.name, path))
+            changed.append(f"sparse initializer {sparse.values.name!r} was made dense")
         del graph.sparse_initializer[:]
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.type == onnx.AttributeProto.SPARSE_TENSOR and node.op_type == "Constant":
+                    attribute.t.CopyFrom(_dense(attribute.sparse_tensor, node.output[0], path))
+                    attribute.ClearField("sparse_tensor")
+                    attribute.name, attribute.type = "value", onnx.AttributeProto.TENSOR
+                    changed.append(f"sparse constant {node.output[0]!r} was made dense")
     return changed
+
+
+def _dense(sparse: onnx.SparseTensorProto, name: str, path: Path) -> onnx.TensorProto:
+    if onnx.TensorProto.EXTERNAL in (sparse.values.data_location, sparse.indices.data_location):
+        raise UnsupportedModelError("a sparse tensor with external data", path=path, tensor=name)
+    try:
+        values = onnx.numpy_helper.to_array(sparse.values)
+        indices = onnx.numpy_helper.to_array(sparse.indices)
+        dense = np.zeros(tuple(sparse.dims), values.dtype)
+        if indices.ndim == 1:
+            dense.reshape(-1)[indices] = values
+        else:
+            dense[tuple(indices.T)] = values
+    except (IndexError, TypeError, ValueError) as error:
+        raise ModelReadError(f"its sparse form is not valid: {error}", path=path, tensor=name) from error
+    return onnx.numpy_helper.from_array(dense, name)
 
 
 def _check_external_data(graph: onnx.GraphProto, path: Path) -> None:
     sizes: dict[str, int] = {}
+    folder = path.parent.resolve()
     for inner in _proto_graphs(graph):
         for tensor in inner.initializer:
             if tensor.data_location != onnx.TensorProto.EXTERNAL:
@@ -427,11 +448,31 @@ def _check_external_data(graph: onnx.GraphProto, path: Path) -> None:
                         tensor=tensor.name,
                         hint=f"put {location!r} beside the model",
                     )
+                if not file.resolve().is_relative_to(folder):
+                    raise ModelReadError(
+                        f"its weights are in {location!r}, outside the folder of the model",
+                        path=path,
+                        tensor=tensor.name,
+                        hint="copy them beside the model; ONNX allows no other place",
+                    )
                 sizes[location] = file.stat().st_size
-            end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
-            if end > sizes[location]:
+            try:
+                offset, length = int(entries.get("offset") or 0), int(entries.get("length") or 0)
+                needed = -(-math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth // 8)
+            except (TypeError, ValueError) as error:
                 raise ModelReadError(
-                    f"{location!r} has {sizes[location]} bytes but the tensor ends at {end}: it is cut off",
+                    f"where its weights are is not valid: {error}", path=path, tensor=tensor.name
+                ) from error
+            if length not in (0, needed):
+                raise ModelReadError(
+                    f"has {length} bytes of weights where its type and shape need {needed}",
+                    path=path,
+                    tensor=tensor.name,
+                    hint="export it again",
+                )
+            if offset + needed > sizes[location]:
+                raise ModelReadError(
+                    f"{location!r} has {sizes[location]} bytes but the tensor ends at {offset + needed}: it is cut off",
                     path=path,
                     tensor=tensor.name,
                     hint="download or export it again",
