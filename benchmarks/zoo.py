@@ -244,19 +244,9 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
 
 
 HEADER = (
-    "model",
-    "candidate",
-    "score",
-    "ratio",
-    "MB",
-    "smaller",
-    "zstd MB",
-    "ms",
-    "speed",
-    "score*speed",
-    "s",
+    "model", "candidate", "score", "ratio", "MB", "smaller", "zstd MB", "ms", "speed", "score*speed", "s", "cpu s",
     "peak MB",
-)
+)  # fmt: skip
 
 
 def table(rows: Sequence[Row]) -> str:
