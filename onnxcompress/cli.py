@@ -1,165 +1,37 @@
-"""The command line. Formats what the library returns and decides nothing itself.
-
-Exit codes: those of :mod:`onnxcompress.errors`, and
-
-    0    done
-    1    ``verify``: the models differ by more than allowed
-    70   a bug in onnxcompress (or in a plug-in)
-    130  interrupted; 141  the reader of our output went away; 143  terminated
-"""
+"""The command line. Asks the library, formats what it returns, and decides nothing itself."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import logging
 import os
-import signal
 import sys
 import tempfile
-import threading
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import click
-from rich.console import Group, RenderableType
+from rich.console import Group
 from rich.text import Text
 
-from onnxcompress import render
+from onnxcompress import render, shell, tables
 from onnxcompress.errors import OnnxCompressError, OutputError, UsageError, suggest
+from onnxcompress.shell import Answer, command, warn
 
 __all__ = ["cli", "main"]
 
 logger = logging.getLogger(__name__)
 
-BUG, INTERRUPTED, PIPE_CLOSED, TERMINATED = 70, 130, 141, 143
 DEFAULT_PROFILE = "host-x86-vnni"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a command found: ``document`` is printed with --json, ``text`` without."""
-
-    document: object
-    text: RenderableType
-    status: int = 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line and returns the exit status; never raises, never prints a bare traceback."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    as_json = "--json" in words
-    try:
-        with _termination_raises():
-            status = cli.main(words, prog_name="onnxcompress", standalone_mode=False)
-            sys.stdout.flush()
-        return status if isinstance(status, int) else 0
-    except OnnxCompressError as error:
-        return _fail(error.message, error.hint, type(error).__name__, error.exit_code, as_json)
-    except click.UsageError as error:
-        command = error.ctx.command_path if error.ctx is not None else "onnxcompress"
-        return _fail(error.format_message(), f"see {command} --help", "UsageError", 2, as_json)
-    except click.ClickException as error:
-        return _fail(error.format_message(), "", "UsageError", error.exit_code, as_json)
-    except (click.Abort, KeyboardInterrupt):
-        return _fail("interrupted; nothing is left half-written", "", "Interrupted", INTERRUPTED, as_json)
-    except _Terminated:
-        return _fail("terminated; nothing is left half-written", "", "Terminated", TERMINATED, as_json)
-    except BrokenPipeError:
-        with contextlib.suppress(OSError):  # or Python complains again when it flushes at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return PIPE_CLOSED
-    except Exception as error:
-        if any(w.startswith("-v") and set(w[1:]) == {"v"} for w in words) or "--verbose" in words:
-            traceback.print_exc()
-        message = f"this is a bug: {type(error).__name__}: {error}"
-        hint = "run again with -v for the traceback, and please report it with the command line"
-        return _fail(message, hint, "Bug", BUG, as_json)
+    return shell.run(cli, sys.argv[1:] if arguments is None else arguments)
 
 
-def _fail(message: str, hint: str, kind: str, status: int, as_json: bool) -> int:
-    with contextlib.suppress(BrokenPipeError):
-        if as_json:
-            click.echo(render.as_json({"error": {"type": kind, "message": message, "hint": hint}}))
-        else:
-            click.secho(f"error: {message}", fg="red", err=True)
-            if hint:
-                click.echo(f"hint: {hint}", err=True)
-    return status
-
-
-class _Terminated(BaseException):
-    """SIGTERM, raised so that temporary files are removed on the way out."""
-
-
-@contextlib.contextmanager
-def _termination_raises() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-# --- what every command shares -----------------------------------------------------------------
-
-
-def _command(group: click.Group, name: str, *examples: str) -> Callable[[Callable[..., Answer]], click.Command]:
-    """Registers a command that answers, with --json and -v; only the answer goes to stdout."""
-
-    def register(function: Callable[..., Answer]) -> click.Command:
-        @functools.wraps(function)
-        def run(*, as_json: bool, verbose: int, **arguments: Any) -> int:
-            with _logging(verbose), contextlib.redirect_stdout(sys.stderr):  # a user's metric may print
-                answer = function(verbose=bool(verbose), **arguments)
-            if as_json:
-                click.echo(render.as_json(answer.document))
-            else:
-                render.show(answer.text, sys.stdout)
-            return answer.status
-
-        command = group.command(name, epilog=_examples(*examples))(run)
-        command.params += [
-            click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON document and nothing else."),
-            click.Option(["-v", "--verbose"], count=True, help="Log to stderr and list every row; -vv for more."),
-        ]
-        return command
-
-    return register
-
-
-def _examples(*lines: str) -> str | None:
-    """Lines for the end of a help text, marked as ones click must not wrap."""
-    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines) if lines else None
-
-
-@contextlib.contextmanager
-def _logging(verbose: int) -> Iterator[None]:
-    logger = logging.getLogger("onnxcompress")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    level, before = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)], logger.level
-    logger.addHandler(handler)
-    logger.setLevel(level)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before)
+# --- arguments ---------------------------------------------------------------------------------
 
 
 def _share(context: click.Context, parameter: click.Parameter, text: str | None) -> float | None:
@@ -259,13 +131,24 @@ def _same(a: Path, b: Path) -> bool:
     return a.resolve() == b.resolve()
 
 
+def _write(path: Path, text: str) -> None:
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        staged.write_text(text, encoding="utf-8")
+        os.replace(staged, path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        staged.unlink(missing_ok=True)
+
+
 # --- commands ----------------------------------------------------------------------------------
 
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     invoke_without_command=True,
-    epilog=_examples(
+    epilog=shell.examples(
         "onnxcompress optimize in.onnx --profile cortex-a53 --calibration feeds/ -o out.onnx",
         "onnxcompress inspect in.onnx --profile cortex-a53",
         "onnxcompress compare in.onnx out.onnx --calibration feeds/",
@@ -281,7 +164,7 @@ def cli(context: click.Context) -> None:
         sys.path.append("")
 
 
-@_command(
+@command(
     cli,
     "optimize",
     "onnxcompress optimize in.onnx --profile cortex-a53 --calibration feeds/",
@@ -342,8 +225,8 @@ def optimize(
     score = None if metric is None else _metric(metric)
     passes = [registry.parse(s) for s in specs] or None
     if calibration is None:
-        _warn("no --calibration data: inputs are made up, so only what is safe on any input is done")
-    with _progress() as progress:
+        warn("no --calibration data: inputs are made up, so only what is safe on any input is done")
+    with shell.progress() as progress:
         result = pipeline.optimize(
             model,
             profile=profile,
@@ -365,7 +248,7 @@ def optimize(
     )
 
 
-@_command(
+@command(
     cli,
     "inspect",
     "onnxcompress inspect in.onnx --profile cortex-a53",
@@ -384,7 +267,7 @@ def inspect(model: Path, profile: str, shapes: dict[str, tuple[int, ...]], verbo
     return Answer(cost, render.cost(cost, verbose=verbose))
 
 
-@_command(
+@command(
     cli,
     "compare",
     "onnxcompress compare in.onnx out.onnx --calibration feeds/",
@@ -398,13 +281,13 @@ def compare(first: Path, second: Path, calibration: str | None, preprocess: str 
     from onnxcompress import inspection
 
     if calibration is None:
-        _warn("no --calibration data: the models are compared on made-up inputs")
+        warn("no --calibration data: the models are compared on made-up inputs")
     outputs, latency, sizes = inspection.compare(first, second, calibration=calibration, preprocess=preprocess)
     document = {"comparison": outputs, "latency": latency, "sizes": {"first": sizes[0], "second": sizes[1]}}
     return Answer(document, render.comparison(outputs, latency, sizes))
 
 
-@_command(
+@command(
     cli,
     "verify",
     "onnxcompress verify in.onnx out.onnx --calibration feeds/ --min-sqnr 35",
@@ -429,11 +312,11 @@ def verify(
     from onnxcompress import inspection, pipeline
 
     if calibration is None:
-        _warn("no --calibration data: the models are compared on made-up inputs")
+        warn("no --calibration data: the models are compared on made-up inputs")
     least = pipeline.DEFAULT_MIN_SQNR_DB if min_sqnr is None else min_sqnr
     found = inspection.verify(original, optimized, calibration, preprocess=preprocess)
     passed = found.min_sqnr_db >= least
-    verdict = f"worst output {render.decibel(found.min_sqnr_db)}, {least:g} dB asked for"
+    verdict = f"worst output {tables.decibel(found.min_sqnr_db)}, {least:g} dB asked for"
     text = Group(
         render.comparison(found),
         Text(f"{'passed' if passed else 'FAILED'}: {verdict}", style="green" if passed else "bold red"),
@@ -446,7 +329,7 @@ def profiles() -> None:
     """Hardware profiles: what is known about each device."""
 
 
-@_command(profiles, "list")
+@command(profiles, "list")
 def list_profiles(verbose: bool) -> Answer:
     """List the hardware profiles."""
     from onnxcompress.profile import list_profiles as names
@@ -456,7 +339,7 @@ def list_profiles(verbose: bool) -> Answer:
     return Answer(found, render.profiles(found))
 
 
-@_command(
+@command(
     profiles,
     "show",
     "onnxcompress profiles show cortex-a53",
@@ -476,7 +359,7 @@ def passes() -> None:
     """Passes: the rewrites that are installed."""
 
 
-@_command(passes, "list")
+@command(passes, "list")
 def list_passes(verbose: bool) -> Answer:
     """List the passes with their options, types and defaults."""
     from onnxcompress import registry
@@ -503,7 +386,7 @@ def zoo() -> None:
     """Models to try it on, real and generated."""
 
 
-@_command(zoo, "list")
+@command(zoo, "list")
 def list_zoo(verbose: bool) -> Answer:
     """List the models of the zoo with their licence and source."""
     from onnxcompress.models_zoo import list_models
@@ -511,7 +394,7 @@ def list_zoo(verbose: bool) -> Answer:
     return Answer(list_models(), render.zoo(list_models(), verbose=verbose))
 
 
-@_command(
+@command(
     zoo,
     "get",
     "onnxcompress zoo get ppocr-v4-det",
@@ -540,45 +423,3 @@ def get_zoo(name: str, folder: Path, samples: int | None, verbose: bool) -> Answ
         except OSError as error:
             raise OutputError(f"cannot write to {target}: {error.strerror}") from error
     return Answer(written, Group(*(Text(str(p)) for p in written.values())))
-
-
-# --- what happens meanwhile --------------------------------------------------------------------
-
-
-def _warn(message: str) -> None:
-    click.secho(f"WARNING: {message}", fg="yellow", bold=True, err=True)
-
-
-def _write(path: Path, text: str) -> None:
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        staged.write_text(text, encoding="utf-8")
-        os.replace(staged, path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        staged.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, int, int | None], None] | None]:
-    """A line on a terminal for what takes over a second; nothing where stderr is none."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.status import Status
-
-    status = Status("", console=render.console(sys.stderr))
-    timer = threading.Timer(1.0, status.start)
-    timer.daemon = True
-
-    def show(stage: str, done: int, total: int | None) -> None:
-        status.update(Text(f"{stage} {done}/{total}" if total else f"{stage} {done}" if done else stage))
-
-    timer.start()
-    try:
-        yield show
-    finally:
-        timer.cancel()
-        timer.join()
-        status.stop()

@@ -1,21 +1,17 @@
-"""Records as text for a person, and as JSON for a program. Computes nothing."""
+"""Records of the library as text for a person. Computes nothing."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
-import json
 import math
-import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from pydantic import BaseModel
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -25,90 +21,12 @@ from onnxcompress.models_zoo import ZooModel
 from onnxcompress.profile import Profile
 from onnxcompress.report import Attempt, Comparison, Latency, Report, SiteReport
 from onnxcompress.sizes import FileSize
+from onnxcompress.tables import amount, columns, decibel, milliseconds, plural, ratio, section, size, some, used_columns
 
-__all__ = [
-    "as_json",
-    "collapse",
-    "columns",
-    "comparison",
-    "console",
-    "cost",
-    "decibel",
-    "passes",
-    "profile",
-    "profiles",
-    "report",
-    "show",
-    "zoo",
-]
+__all__ = ["SiteGroup", "collapse", "comparison", "cost", "passes", "profile", "profiles", "report", "zoo"]
 
-_PIPED_WIDTH = 120
 _DEAREST = 20
 _VARIABLE = re.compile(r"'[^']*'|[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?", re.IGNORECASE)
-
-
-def console(file: IO[str]) -> Console:
-    """A console for ``file``; without colour, and wider, where it is no terminal.
-
-    Names of nodes hold brackets and colons, so markup, emoji and highlighting are off.
-    """
-    wide = not file.isatty() and "COLUMNS" not in os.environ
-    return Console(file=file, width=_PIPED_WIDTH if wide else None, markup=False, emoji=False, highlight=False)
-
-
-def show(text: RenderableType, file: IO[str]) -> None:
-    """Prints to ``file``; where it is no terminal, without the blanks tables end their lines with."""
-    if file.isatty():
-        console(file).print(text)
-        return
-    buffer = io.StringIO()
-    console(buffer).print(text)
-    file.writelines(line.rstrip() + "\n" for line in buffer.getvalue().splitlines())
-
-
-def as_json(document: object) -> str:
-    """Strict JSON of records, paths and enumerations; infinities become "inf" and "-inf"."""
-    return json.dumps(_plain(document), indent=2, allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, Enum):
-        return _plain(value.value)
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(v) for v in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else str(float(value))
-    if value is None or isinstance(value, (str, int)):  # bool is an int
-        return value
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json", by_alias=True, exclude_none=True)
-    if hasattr(value, "item"):  # numpy scalars
-        return _plain(value.item())
-    return str(value)
-
-
-# --- tables ------------------------------------------------------------------------------------
-
-
-def columns(rows: Iterable[Sequence[str]], heads: Sequence[str], *, right: Sequence[int] = ()) -> Table:
-    """A plain table; columns numbered in ``right`` hold numbers."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_header=any(heads))
-    for index, head in enumerate(heads):
-        numeric = index in right
-        table.add_column(head, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold", vertical="top")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _section(title: str, body: RenderableType) -> Group:
-    return Group(Text(), Text(title, style="bold"), Padding(body, (0, 0, 0, 2)))
 
 
 # --- the report --------------------------------------------------------------------------------
@@ -129,24 +47,24 @@ def report(what: Report, *, output: Path | None = None, verbose: bool = False) -
         head,
         Text(f"profile {what.profile}, calibration: {what.calibration}"),
         Text(what.outcome, style="bold green" if _changed(what) else "bold yellow"),
-        _section("Totals", _totals(what)),
+        section("Totals", _totals(what)),
     ]
     applied = [p for p in what.passes if p.outcome != "nothing to do" or verbose]
     if applied:
         rows = [(p.name, p.outcome, str(p.changed) if p.changed else "", p.reason) for p in applied]
-        parts.append(_section("Passes", columns(rows, ("pass", "outcome", "sites", "what it did"), right=[2])))
+        parts.append(section("Passes", columns(rows, ("pass", "outcome", "sites", "what it did"), right=[2])))
     done = [s for s in what.sites if s.decision != "keep"]
     kept = [s for s in what.sites if s.decision == "keep"]
     if done:
-        parts.append(_section(f"Changed: {_count(len(done), 'site')}", _sites(done, verbose)))
+        parts.append(section(f"Changed: {plural(len(done), 'site')}", _sites(done, verbose)))
     if kept:
-        parts.append(_section(f"Left alone: {_count(len(kept), 'site')}", _sites(kept, verbose)))
+        parts.append(section(f"Left alone: {plural(len(kept), 'site')}", _sites(kept, verbose)))
     if what.attempts:
-        parts.append(_section("Attempts", _attempts(what.attempts)))
+        parts.append(section("Attempts", _attempts(what.attempts)))
     if what.notes:
-        parts.append(_section("Notes", Group(*(Text(n) for n in what.notes))))
+        parts.append(section("Notes", Group(*(Text(n) for n in what.notes))))
     if what.warnings:
-        parts.append(_section("Warnings", Group(*(Text(w, style="yellow") for w in what.warnings))))
+        parts.append(section("Warnings", Group(*(Text(w, style="yellow") for w in what.warnings))))
     return Group(*parts)
 
 
@@ -157,13 +75,13 @@ def _changed(what: Report) -> bool:
 def _totals(what: Report) -> Table:
     t = what.totals
     rows = [
-        ("file", size(t.file_bytes[0]), size(t.file_bytes[1]), _ratio(*t.file_bytes, "smaller", "larger")),
-        ("file, zstd -9", size(t.zstd_bytes[0]), size(t.zstd_bytes[1]), _ratio(*t.zstd_bytes, "smaller", "larger")),
+        ("file", size(t.file_bytes[0]), size(t.file_bytes[1]), ratio(*t.file_bytes, "smaller", "larger")),
+        ("file, zstd -9", size(t.zstd_bytes[0]), size(t.zstd_bytes[1]), ratio(*t.zstd_bytes, "smaller", "larger")),
         (
             "predicted",
             milliseconds(t.predicted_ms[0]),
             milliseconds(t.predicted_ms[1]),
-            f"{_ratio(*t.predicted_ms, 'faster', 'slower')} on {what.profile}",
+            f"{ratio(*t.predicted_ms, 'faster', 'slower')} on {what.profile}",
         ),
     ]
     if t.latency is not None:
@@ -181,8 +99,8 @@ def _latency_row(latency: Latency) -> tuple[str, str, str, str]:
         "measured here",
         milliseconds(latency.before_ms),
         milliseconds(latency.after_ms),
-        f"{_ratio(latency.speed_up, 1.0, 'faster', 'slower')}"
-        f" ({_count(latency.rounds, 'round')} in turns, {_count(latency.threads, 'thread')})",
+        f"{ratio(latency.speed_up, 1.0, 'faster', 'slower')}"
+        f" ({plural(latency.rounds, 'round')} in turns, {plural(latency.threads, 'thread')})",
     )
 
 
@@ -192,7 +110,7 @@ def _worst(what: Comparison, least: float | None) -> str:
     parts = [f"SQNR of {worst.name}" if worst is not None else "no output is floating point"]
     if least is not None:
         parts.append(f"at least {least:g} dB asked for")
-    parts.append(f"{_count(what.samples, 'held-out sample')}")
+    parts.append(f"{plural(what.samples, 'held-out sample')}")
     return ", ".join(parts)
 
 
@@ -203,7 +121,7 @@ def _sites(sites: Sequence[SiteReport], verbose: bool) -> Table:
             for s in sites
         ]
         heads = ("pass", "op", "node", "decision", "reason", "saves", "off the file", "noise")
-        return _without_empty(rows, heads, right=(5, 6, 7))
+        return used_columns(rows, heads, right=(5, 6, 7))
     rows = [
         (
             f"{g.count} x",
@@ -216,24 +134,14 @@ def _sites(sites: Sequence[SiteReport], verbose: bool) -> Table:
         for g in collapse(sites)
     ]
     heads = ("", "op", "pass", "decision", "reason", "saves", "off the file", "most noise")
-    return _without_empty(rows, heads, right=(0, 5, 6, 7))
+    return used_columns(rows, heads, right=(0, 5, 6, 7))
 
 
 def _amounts(gain_ms: float, bytes_saved: int, distortion_db: float | None) -> tuple[str, str, str]:
     return (
-        _some(milliseconds, gain_ms),
-        _some(size, bytes_saved),
+        some(milliseconds, gain_ms),
+        some(size, bytes_saved),
         decibel(distortion_db) if distortion_db is not None else "",
-    )
-
-
-def _without_empty(rows: Sequence[Sequence[str]], heads: Sequence[str], right: Sequence[int]) -> Table:
-    """Columns that say nothing, or only "keep", take no room."""
-    used = [i for i in range(len(heads)) if any(row[i] and row[i] != "keep" for row in rows)]
-    return columns(
-        [[row[i] for i in used] for row in rows],
-        [heads[i] for i in used],
-        right=[used.index(i) for i in right if i in used],
     )
 
 
@@ -327,7 +235,7 @@ def _attempts(attempts: Sequence[Attempt]) -> Table:
         for number, a in enumerate(attempts, 1)
     ]
     heads = ("", "tried", "sites", "predicted", "worst output", "metric", "speed-up", "verdict")
-    return _without_empty(rows, heads, right=(0, 2, 3, 4, 5, 6))
+    return used_columns(rows, heads, right=(0, 2, 3, 4, 5, 6))
 
 
 # --- a comparison ------------------------------------------------------------------------------
@@ -343,7 +251,7 @@ def comparison(
     ]
     parts: list[RenderableType] = [
         columns(rows, ("output", "SQNR", "largest difference", "equal elements"), right=[1, 2, 3]),
-        Text(f"on {_count(what.samples, 'sample')}"),
+        Text(f"on {plural(what.samples, 'sample')}"),
     ]
     totals = []
     if sizes is not None:
@@ -351,7 +259,7 @@ def comparison(
             ("file", sizes[0].raw, sizes[1].raw),
             ("file, zstd -9", sizes[0].zstd, sizes[1].zstd),
         ):
-            totals.append((name, size(a), size(b), _ratio(a, b, "smaller", "larger")))
+            totals.append((name, size(a), size(b), ratio(a, b, "smaller", "larger")))
     if latency is not None:
         totals.append(_latency_row(latency))
     if totals:
@@ -382,8 +290,8 @@ def cost(what: ModelCost, *, verbose: bool = False) -> RenderableType:
             str(len(members)),
             milliseconds(1e3 * sum(n.seconds for n in members)),
             f"{sum(n.share for n in members):.1%}",
-            _some(amount, sum(n.macs for n in members)),
-            _some(size, sum(n.weight_bytes for n in members)),
+            some(amount, sum(n.macs for n in members)),
+            some(size, sum(n.weight_bytes for n in members)),
         )
         for (op, precision), members in sorted(by_op.items(), key=lambda item: -sum(n.seconds for n in item[1]))
     ]
@@ -396,8 +304,8 @@ def cost(what: ModelCost, *, verbose: bool = False) -> RenderableType:
             n.precision,
             "?" if not n.known else "" if n.inside else milliseconds(1e3 * n.seconds),
             f"{n.share:.1%}" if n.share else "",
-            _some(amount, n.macs),
-            _some(size, n.weight_bytes),
+            some(amount, n.macs),
+            some(size, n.weight_bytes),
         )
         for n in shown
     ]
@@ -405,12 +313,12 @@ def cost(what: ModelCost, *, verbose: bool = False) -> RenderableType:
     title = "Nodes" if len(shown) == len(what.nodes) else f"The {len(shown)} dearest of {len(what.nodes)} nodes"
     parts: list[RenderableType] = [
         columns(totals, ("", "", ""), right=[1]),
-        _section("Operators", columns(ops, ("op", "runs as", "nodes", *heads[4:]), right=[2, 3, 4, 5, 6])),
-        _section(title, columns(nodes, heads, right=[4, 5, 6, 7])),
+        section("Operators", columns(ops, ("op", "runs as", "nodes", *heads[4:]), right=[2, 3, 4, 5, 6])),
+        section(title, columns(nodes, heads, right=[4, 5, 6, 7])),
     ]
     if what.unknown:
         names = ", ".join(what.unknown[:5]) + (", ..." if len(what.unknown) > 5 else "")
-        message = f"the cost of {_count(len(what.unknown), 'node')} is not known, so the sum is too low: {names}"
+        message = f"the cost of {plural(len(what.unknown), 'node')} is not known, so the sum is too low: {names}"
         parts += [Text(), Text(message, style="yellow")]
     return Group(*parts)
 
@@ -436,9 +344,9 @@ def profile(what: Profile) -> RenderableType:
     """One profile: the device, where its numbers come from, what each kernel costs."""
     device, origin, quantization = what.device, what.provenance, what.quantization
     facts = [
-        ("device", f"{device.cpu}, {_count(device.cores, 'core')} at {device.frequency_ghz:g} GHz"),
+        ("device", f"{device.cpu}, {plural(device.cores, 'core')} at {device.frequency_ghz:g} GHz"),
         ("instructions", " ".join(device.isa)),
-        ("runtime", f"{what.runtime.name} {what.runtime.version}, {_count(what.runtime.threads, 'thread')}"),
+        ("runtime", f"{what.runtime.name} {what.runtime.version}, {plural(what.runtime.threads, 'thread')}"),
         (
             "quantization",
             f"{quantization.activation} activations, {quantization.weight_bits}-bit weights, "
@@ -464,7 +372,7 @@ def profile(what: Profile) -> RenderableType:
         Text(f"{what.name}: {what.description}", style="bold"),
         Text(),
         columns([(name, " ".join(fact.split())) for name, fact in facts if fact], ("", "")),
-        _section("Kernels, in ns", _without_empty(rows, heads, right=(2, 3, 4, 5, 6, 7))),
+        section("Kernels, in ns", used_columns(rows, heads, right=(2, 3, 4, 5, 6, 7))),
     )
 
 
@@ -506,55 +414,3 @@ def zoo(models: Sequence[ZooModel], *, verbose: bool = False) -> RenderableType:
     ]
     heads = ("name", "size", "licence", "from", "what it does")
     return columns(rows, (*heads, "traits", "inputs", "preprocessing") if verbose else heads, right=[1])
-
-
-# --- numbers -----------------------------------------------------------------------------------
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units, three digits."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 999.5 or unit == "GB":
-            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
-        count /= 1000
-    return ""
-
-
-def amount(count: float) -> str:
-    """A count with three digits: 12.3 M."""
-    for unit in ("", " k", " M", " G", " T"):
-        if abs(count) < 999.5 or unit == " T":
-            return f"{count:.3g}{unit}" if unit else f"{count:.0f}"
-        count /= 1000
-    return ""
-
-
-def milliseconds(value: float) -> str:
-    """About three digits, never in exponential form; microseconds below a hundredth."""
-    if not math.isfinite(value):
-        return "?"
-    if 0 < abs(value) < 0.01:
-        return f"{1000 * value:.2g} us"
-    decimals = 3 if abs(value) < 1 else 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
-    return f"{value:.{decimals}f} ms"
-
-
-def decibel(value: float) -> str:
-    return "exact" if value == math.inf else "none" if value == -math.inf else f"{value:.1f} dB"
-
-
-def _ratio(before: float, after: float, less: str, more: str) -> str:
-    if before <= 0 or after <= 0 or not math.isfinite(before + after):
-        return ""
-    if before >= after:
-        return "the same" if before / after < 1.005 else f"{before / after:.2f}x {less}"
-    return "the same" if after / before < 1.005 else f"{after / before:.2f}x {more}"
-
-
-def _some(shown: Callable[[float], str], value: float) -> str:
-    """Nothing for zero: an empty cell reads better."""
-    return shown(value) if value else ""
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -32,7 +32,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "search",
         "pipeline inspection",
         "onnxcompress testing",
-        "render",
+        "tables",
+        "render shell",
         "cli",
         "__main__",
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onnxcompress import render
+from onnxcompress import render, tables
 from onnxcompress.report import (
     Attempt,
     Budget,
@@ -63,7 +63,7 @@ REPORT = Report(
 
 def text(report: Report, **options: bool) -> str:
     buffer = io.StringIO()
-    render.show(render.report(report, **options), buffer)  # type: ignore[arg-type]
+    tables.show(render.report(report, **options), buffer)  # type: ignore[arg-type]
     return buffer.getvalue()
 
 
@@ -141,9 +141,9 @@ class Odd:
 
 
 def test_json_is_strict() -> None:
-    document = json.loads(render.as_json(Odd(Path("a"), Colour.RED, (math.inf, -math.inf, 1.5), np.int64(3))))
+    document = json.loads(tables.as_json(Odd(Path("a"), Colour.RED, (math.inf, -math.inf, 1.5), np.int64(3))))
     assert document == {"path": "a", "colour": "red", "values": ["inf", "-inf", 1.5], "count": 3}
-    assert json.loads(render.as_json(REPORT)) == json.loads(REPORT.to_json())
+    assert json.loads(tables.as_json(REPORT)) == json.loads(REPORT.to_json())
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_json_is_strict() -> None:
     [(0, "0 B"), (999, "999 B"), (1234, "1.23 kB"), (999_700, "1 MB"), (4_745_517, "4.75 MB"), (-2_500_000, "-2.5 MB")],
 )
 def test_sizes(value: int, shown: str) -> None:
-    assert render.size(value) == shown
+    assert tables.size(value) == shown
 
 
 @pytest.mark.parametrize(
@@ -166,4 +166,4 @@ def test_sizes(value: int, shown: str) -> None:
     ],
 )
 def test_milliseconds(value: float, shown: str) -> None:
-    assert render.milliseconds(value) == shown
+    assert tables.milliseconds(value) == shown
