@@ -58,6 +58,7 @@ Shape = tuple[int | str | None, ...]
 EXTERNAL_DATA_THRESHOLD = 1_900_000_000
 """Bytes of weights above which a file must use external data: protobuf ends at 2 GiB."""
 
+_STANDARD = ("", "ai.onnx")
 _NOTES = "onnxcompress.notes"
 _SOURCE = "onnxcompress.source"
 
@@ -114,6 +115,7 @@ def canonicalize(model: ir.Model) -> list[str]:
     with_default = [v.name for v in model.graph.inputs if v.is_initializer()]
     if with_default:
         RemoveInitializersFromInputsPass()(model)
+        model.ir_version = max(model.ir_version or 0, 4)  # before, initializers had to be inputs
         changed.append(
             f"{len(with_default)} initializers were also graph inputs and can no longer be "
             f"overridden by the caller: {', '.join(str(n) for n in with_default[:5])}"
@@ -126,8 +128,8 @@ def canonicalize(model: ir.Model) -> list[str]:
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     for graph in all_graphs(model):
         for value in graph.initializers.values():
-            if value.const_value is not None and value.metadata_props == value.const_value.metadata_props:
-                value.metadata_props.clear()  # onnx-ir keeps both copies and writes both: one more each time
+            if isinstance(value.const_value, ir.TensorProtoTensor):
+                value.const_value.metadata_props.clear()  # onnx-ir writes those of the message and these
     _name_everything(model)
     return changed
 
@@ -483,7 +485,24 @@ def _check_external_data(graph: onnx.GraphProto, path: Path) -> None:
 
 
 def _to_proto(model: ir.Model) -> onnx.ModelProto:
-    return ir.to_proto(_without_inferred(model))
+    proto = ir.to_proto(model)
+    outside = {
+        name: value.const_value
+        for graph in all_graphs(model)
+        for name, value in graph.initializers.items()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    }
+    for graph in _proto_graphs(proto.graph):
+        for tensor in graph.initializer if outside else ():
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:  # the message must stand alone
+                del tensor.external_data[:]
+                tensor.ClearField("data_location")
+                tensor.raw_data = outside[tensor.name].tobytes()
+        custom = {name for node in graph.node if node.domain not in _STANDARD for name in node.output}
+        kept = [info for info in graph.value_info if info.name in custom]
+        del graph.value_info[:]
+        graph.value_info.extend(kept)
+    return proto
 
 
 def _without_inferred(model: ir.Model) -> ir.Model:
@@ -496,7 +515,7 @@ def _without_inferred(model: ir.Model) -> ir.Model:
     copy = clone(model)
     for node in copy.graph.all_nodes():
         for value in node.outputs:
-            if node.domain in ("", "ai.onnx") and not value.is_graph_output():
+            if node.domain in _STANDARD and not value.is_graph_output():
                 value.type = value.shape = None
     return copy
 
