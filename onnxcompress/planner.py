@@ -117,7 +117,7 @@ class _Program:
         matrix = csr_array((values, (rows, columns)), shape=(len(self._low), len(cost)))
         result = milp(
             cost / scale,
-            integrality=self.integer,
+            integrality=np.asarray(self.integer),
             bounds=Bounds(0, 1),
             constraints=LinearConstraint(matrix, self._low, self._high),
             options={"mip_rel_gap": _GAP, "node_limit": _NODES},

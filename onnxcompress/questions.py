@@ -17,6 +17,9 @@ from onnxcompress.work import NodeWork, kinds_of, work_of
 __all__ = ["Offer", "ask", "explain", "offers"]
 
 
+_NO_DATA = "it needs ranges from real data, and there is no calibration data"
+
+
 @dataclass(frozen=True)
 class Offer:
     """What one pass offers on one model.
@@ -30,8 +33,13 @@ class Offer:
     skipped: tuple[Skipped, ...]
 
 
-def offers(pass_: Pass, view: GraphView, target: Target, *, synthetic: bool) -> Offer:
-    """Sites and choices of a pass; without real data only choices that need none."""
+def offers(pass_: Pass, view: GraphView, target: Target, *, synthetic: bool, float_only: bool = False) -> Offer:
+    """Sites and choices of a pass.
+
+    Args:
+        synthetic: there is no real data, so only choices that need none are offered.
+        float_only: only choices that leave the kernels float are.
+    """
     choices: dict[Site, tuple[Choice, ...]] = {}
     skipped: list[Skipped] = []
     for site in pass_.sites(view):
@@ -43,11 +51,13 @@ def offers(pass_: Pass, view: GraphView, target: Target, *, synthetic: bool) -> 
         except Skip as skip:
             skipped.append(Skipped(site.key, skip.reason))
             continue
-        usable = tuple(c for c in found if not (synthetic and c.calibrated))
+        real = tuple(c for c in found if not (synthetic and c.calibrated))
+        usable = tuple(c for c in real if not float_only or c.precision == Precision.FLOAT)
         if usable:
             choices[site] = usable
         else:
-            why = "it needs ranges from real data, and there is no calibration data" if found else "nothing to choose"
+            why = "int8 kernels measured slower than the input on this machine" if real else _NO_DATA
+            why = why if found else "nothing to choose"
             skipped.append(Skipped(site.key, why))
     return Offer(choices, tuple(skipped))
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from enum import Enum
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 from onnxcompress.base import Pass
 from onnxcompress.errors import PassError, PassOptionError, UnknownPassError, suggest
@@ -72,9 +73,14 @@ def options(cls: type[Pass]) -> dict[str, tuple[str, object]]:
     hints = typing.get_type_hints(cls)
     return {
         f.name: (_type_name(hints[f.name]), None if f.default is dataclasses.MISSING else f.default)
-        for f in dataclasses.fields(cls)
-        if f.init
+        for f in _fields(cls)
     }
+
+
+def _fields(cls: type[Pass]) -> list[dataclasses.Field[Any]]:
+    if not dataclasses.is_dataclass(cls):
+        raise PassError(f"{cls.__qualname__} is not a dataclass", hint="decorate it with @dataclass(frozen=True)")
+    return [f for f in dataclasses.fields(cls) if f.init]
 
 
 def create(name: str, **values: object) -> Pass:
@@ -86,7 +92,7 @@ def create(name: str, **values: object) -> Pass:
     """
     cls = load_pass(name)
     hints = typing.get_type_hints(cls)
-    known = {f.name for f in dataclasses.fields(cls) if f.init}
+    known = {f.name for f in _fields(cls)}
     checked: dict[str, object] = {}
     for key, value in values.items():
         key = key.replace("-", "_")

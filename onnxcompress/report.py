@@ -164,7 +164,7 @@ class Totals:
 
     Attributes:
         file_bytes: size of the ONNX file with its external data.
-        zstd_bytes: the same compressed with zstd level 9: what goes over the wire.
+        zstd_bytes: the same compressed with zstd level 3: what goes over the wire.
         predicted_ms: on the profile.
         latency: measured here; None where the profile is of another device or timing was off.
         comparison: against the input model on data not used for calibration.

@@ -169,6 +169,6 @@ def _worst(
                 return float("inf")
             a = np.asarray(expected, np.float64)
             signal[name] = signal.get(name, 0.0) + float(np.square(a).sum())
-            error[name] = error.get(name, 0.0) + float(np.square(a - result[name]).sum())
+            error[name] = error.get(name, 0.0) + float(np.square(a - np.asarray(result[name], np.float64)).sum())
     ratios = [error[n] / signal[n] if signal[n] > 0 else (0.0 if error[n] == 0 else np.inf) for n in signal]
     return float(max(ratios, default=0.0))

@@ -12,7 +12,7 @@ from onnxcompress import model as models
 
 __all__ = ["FileSize", "file_size", "model_size"]
 
-_LEVEL = 9
+_LEVEL = 3
 _CHUNK = 1 << 20
 
 
@@ -22,7 +22,7 @@ class FileSize:
 
     Attributes:
         raw: on disk.
-        zstd: compressed with zstd at level 9.
+        zstd: compressed with zstd at level 3.
     """
 
     raw: int
@@ -44,5 +44,5 @@ def file_size(*files: Path) -> FileSize:
 
 def model_size(model: ir.Model) -> FileSize:
     """Sizes the model would have as files."""
-    with models.temporary_file(model) as path:
+    with models.temporary_file(model) as path:  # with its external data, if it needs any
         return file_size(*sorted(path.parent.iterdir()))

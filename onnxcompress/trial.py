@@ -17,7 +17,7 @@ from onnxcompress.statistics import Evidence
 from onnxcompress.target import Target
 from onnxcompress.view import GraphView
 
-__all__ = ["LOSSLESS_SAMPLES", "Built", "build", "commit_lossless", "pass_options"]
+__all__ = ["LOSSLESS_SAMPLES", "Built", "Tidied", "build", "difference", "pass_options", "tidy"]
 
 LOSSLESS_SAMPLES = 4
 """Feeds a lossless pass is checked on; the final result is checked on all held-out ones."""
@@ -65,52 +65,58 @@ def build(model: ir.Model, pass_: Pass, choices: Iterable[Choice], evidence: Evi
     return Built(copy, tuple(made), tuple(refused))
 
 
-def commit_lossless(
-    model: ir.Model,
-    pass_: Pass,
-    evidence: Evidence,
-    target: Target,
-    reference: Reference,
-    noise: Callable[[], Comparison],
-) -> tuple[ir.Model, PassReport, tuple[Skipped, ...]]:
-    """Makes every choice of a lossless pass; keeps the result only if no output changed.
+@dataclass(frozen=True)
+class Tidied:
+    """What a lossless pass made of a model, not yet checked.
 
-    Args:
-        model: what to improve.
-        pass_: a pass with ``lossless = True``.
-        evidence: what it asked for.
-        target: the device.
-        reference: outputs of the original to compare with.
-        noise: measures what float rounding alone does to the original; called only in doubt.
-
-    Returns:
-        The new model, or ``model`` itself; what happened; sites left alone.
+    Attributes:
+        model: the result; the model that was given if there was nothing to do.
+        report: what happened.
+        skipped: sites left alone.
     """
+
+    model: ir.Model
+    report: PassReport
+    skipped: tuple[Skipped, ...]
+
+
+def tidy(model: ir.Model, pass_: Pass, evidence: Evidence, target: Target) -> Tidied:
+    """Makes every choice of a lossless pass."""
     view = GraphView(model)
-    sites = list(pass_.sites(view))
-    skipped = [s for s in sites if isinstance(s, Skipped)]
+    skipped: list[Skipped] = []
     choices: list[Choice] = []
-    for site in sites:
+    for site in pass_.sites(view):
         if isinstance(site, Skipped):
+            skipped.append(site)
             continue
         try:
             choices += list(pass_.choices(site, view, target))[-1:]  # the strongest: it costs nothing
         except Skip as skip:
             skipped.append(Skipped(site.key, skip.reason))
-    if not choices:
-        return model, _report(pass_, 0, "nothing to do", ""), tuple(skipped)
-    built = build(model, pass_, choices, evidence)
-    skipped += built.refused
-    if not built.made:
-        return model, _report(pass_, 0, "nothing to do", ""), tuple(skipped)
+    if choices:
+        built = build(model, pass_, choices, evidence)
+        skipped += built.refused
+        if built.made:
+            return Tidied(built.model, _report(pass_, len(built.made), "applied", ""), tuple(skipped))
+    return Tidied(model, _report(pass_, 0, "nothing to do", ""), tuple(skipped))
+
+
+def difference(model: ir.Model, reference: Reference, depth: int, noise: Callable[[], Comparison]) -> str:
+    """How a model that should be equal differs from the original; empty if only in float rounding.
+
+    Args:
+        model: the candidate.
+        reference: outputs of the original.
+        depth: layers in a row, for the bound on rounding.
+        noise: measures what rounding alone does to the original; called only in doubt.
+    """
     try:
-        comparison = reference.compare(built.model, limit=LOSSLESS_SAMPLES)
+        comparison = reference.compare(model, limit=LOSSLESS_SAMPLES)
     except OnnxCompressError as error:
-        return model, _report(pass_, 0, "dropped", f"the result does not run: {error.message}"), tuple(skipped)
-    depth = len(view.nodes())
-    if not is_lossless(comparison, depth) and not is_lossless(comparison, depth, noise()):
-        return model, _report(pass_, 0, "dropped", f"it changed the outputs: {_worst(comparison)}"), tuple(skipped)
-    return built.model, _report(pass_, len(built.made), "applied", ""), tuple(skipped)
+        return f"the result does not run: {error.message}"
+    if is_lossless(comparison, depth) or is_lossless(comparison, depth, noise()):
+        return ""
+    return f"it changed the outputs: {_worst(comparison)}"
 
 
 def pass_options(pass_: Pass) -> dict[str, object]:

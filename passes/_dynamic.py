@@ -46,14 +46,14 @@ def obstacle(node: ir.Node, view: GraphView, target: Target) -> str | None:
             return "it has peepholes, or its recurrent weight is not a constant"
         if any(name in attributes for name in ("activations", "clip")):
             return "it has its own activations or clips"
-        if attributes.get_int("layout", 0) or attributes.get_int("input_forget", 0):
+        if attributes.get_int("layout", 0) != 0 or attributes.get_int("input_forget", 0) != 0:
             return "layout or input_forget is set"
     elif len(weight.shape) != 2:
         return "its weight is not a matrix"
     if node.op_type == "Gemm" and (
         attributes.get_float("alpha", 1.0) != 1.0
         or attributes.get_float("beta", 1.0) != 1.0
-        or attributes.get_int("transA", 0)
+        or attributes.get_int("transA", 0) != 0
     ):
         return "alpha or beta is not 1, or its data input is transposed"
     return None
@@ -170,8 +170,8 @@ def _lstm(node: ir.Node, rewriter: Rewriter, options: WeightOptions) -> None:
         quantized, scale = quantize_tensor(weight.const_value, (0, 1), options)  # (directions, 4 hidden, inputs)
         if scale.size == 1:  # the kernel wants a scale per direction at least
             scale = np.broadcast_to(scale, (quantized.shape[0], 1, 1))
-        flat = scale.reshape(quantized.shape[0], -1)
-        flat = flat if flat.shape[1] > 1 else flat.reshape(-1)
+        rows = scale.reshape(quantized.shape[0], -1)
+        flat = np.asarray(rows if rows.shape[1] > 1 else rows.reshape(-1))
         transposed = np.ascontiguousarray(quantized.transpose(0, 2, 1))
         matrices.append(rewriter.constant(transposed, f"{weight.name}_quantized", like=node))
         scales.append(rewriter.constant(flat, f"{weight.name}_scale", like=node))

@@ -123,7 +123,7 @@ def _origin(value: ir.Value) -> ir.Value:
 
 def _shape(view: GraphView, value: ir.Value | None) -> tuple[int, ...]:
     tensor = view.weight(value)
-    return () if tensor is None else tuple(int(d) for d in tensor.shape)
+    return () if tensor is None else tuple(tensor.shape.numpy())
 
 
 class Static:
@@ -149,10 +149,10 @@ class Static:
         Raises:
             Skip: a value it needs was not observed in calibration.
         """
-        for value in (*activation_inputs(node), *(v for v in last.outputs if v.name)):
-            if not self._known(value):
-                raise Skip(f"{value.name!r} was not observed in calibration")
         inputs = activation_inputs(node)
+        for needed in (*inputs, *(v for v in last.outputs if v.name)):
+            if not self._known(needed):
+                raise Skip(f"{needed.name!r} was not observed in calibration")
         source = str(inputs[0].name)
         for index, value in enumerate(node.inputs):
             if value is not None and any(value is v for v in inputs):

@@ -64,7 +64,7 @@ def _table(node: ir.Node, value: ir.Value, rewriter: Rewriter, options: WeightOp
     if scales.size > 1:
         (row_scales,) = rewriter.insert("Gather", [s, indices], axis, before=node)
     else:
-        row_scales = rewriter.constant(np.float32(scales.reshape(())), f"{value.name}_scale", like=node)
+        row_scales = rewriter.constant(scales.reshape(()), f"{value.name}_scale", like=node)
     (result,) = rewriter.insert("Mul", [cast, row_scales], before=node, dtype=ir.DataType.FLOAT)
     rewriter.replace_node(node, result)
 
