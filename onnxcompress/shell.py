@@ -69,9 +69,7 @@ def run(group: click.Group, arguments: Sequence[str]) -> int:
     except _Terminated:
         return _fail("terminated; nothing is left half-written", "", "Terminated", TERMINATED, as_json)
     except BrokenPipeError:
-        with contextlib.suppress(OSError):  # or Python complains again when it flushes at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return PIPE_CLOSED
+        return _reader_gone()
     except Exception as error:
         if any(w.startswith("-v") and set(w[1:]) == {"v"} for w in words) or "--verbose" in words:
             traceback.print_exc()
@@ -89,6 +87,12 @@ def _fail(message: str, hint: str, kind: str, status: int, as_json: bool) -> int
             if hint:
                 click.echo(f"hint: {hint}", err=True)
     return status
+
+
+def _reader_gone() -> int:
+    with contextlib.suppress(OSError):  # or Python complains again when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return PIPE_CLOSED
 
 
 class _Terminated(BaseException):
@@ -122,10 +126,14 @@ def command(group: click.Group, name: str, *lines: str) -> Callable[[Callable[..
         def answered(*, as_json: bool, verbose: int, **arguments: Any) -> int:
             with _logging(verbose), contextlib.redirect_stdout(sys.stderr):  # a user's metric may print
                 answer = function(verbose=bool(verbose), **arguments)
-            if as_json:
-                click.echo(tables.as_json(answer.document))
-            else:
-                tables.show(answer.text, sys.stdout)
+            try:
+                if as_json:
+                    click.echo(tables.as_json(answer.document))
+                else:
+                    tables.show(answer.text, sys.stdout)
+                sys.stdout.flush()
+            except BrokenPipeError:  # here, for click would make it an exit code of 1
+                return _reader_gone()
             return answer.status
 
         made = group.command(name, epilog=examples(*lines))(answered)
