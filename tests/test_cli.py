@@ -103,6 +103,15 @@ def test_optimize_writes_a_smaller_model_and_both_reports(
     assert done.stderr == ""  # quiet when piped
 
 
+def test_the_same_command_writes_the_same_bytes(call: Call, zoo: Path, tmp_path: Path) -> None:
+    before = (zoo / "gen-cnn.onnx").read_bytes()
+    arguments = ["optimize", zoo / "gen-cnn.onnx", "--profile", "cortex-a53", "--calibration", zoo / "samples"]
+    for name in ("a.onnx", "b.onnx"):
+        assert call(*arguments, "-o", tmp_path / name).status == 0
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+    assert (zoo / "gen-cnn.onnx").read_bytes() == before
+
+
 def test_optimize_answers_in_prose(call: Call, zoo: Path, tmp_path: Path) -> None:
     arguments = ["optimize", zoo / "gen-cnn.onnx", "--profile", PROFILE, "--calibration", zoo / "samples"]
     done = call(*arguments, "-o", tmp_path / "o.onnx")
@@ -437,9 +446,24 @@ def test_an_unwritable_folder_is_said_before_the_work(call: Call, tmp_path: Path
     assert "WARNING" not in done.err  # which comes when the work begins
 
 
+def quantized() -> onnx.ModelProto:
+    """Somebody has quantized this one already."""
+    return onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[2, 4] x) => (float[2, 4] y)
+        <float s = {0.1}, uint8 z = {128}, float w = {0.5}>
+        {
+            q = QuantizeLinear (x, s, z)
+            d = DequantizeLinear (q, s, z)
+            y = Mul (d, w)
+        }
+    """)
+
+
 @pytest.mark.parametrize(
     ("name", "model"),
     [
+        ("int8", quantized()),
         ("no-weights", small(op="Add", weights=False)),
         ("float16", small(elem_type=TensorProto.FLOAT16)),
         ("double", small(elem_type=TensorProto.DOUBLE)),
@@ -454,7 +478,15 @@ def test_what_cannot_be_improved_passes_through_with_reasons(
     report = done.document["report"]
     assert all(s["decision"] == "keep" and s["reason"] for s in report["sites"])
     assert report["totals"]["comparison"]["outputs"][0]["max_abs"] == 0
-    assert [n.op_type for n in onnx.load(tmp_path / "out.onnx").graph.node] == [model.graph.node[0].op_type]
+    assert [n.op_type for n in onnx.load(tmp_path / "out.onnx").graph.node] == [n.op_type for n in model.graph.node]
+
+
+def test_what_onnxruntime_cannot_run_is_refused(call: Call, tmp_path: Path) -> None:
+    path = save(small(elem_type=TensorProto.BFLOAT16), tmp_path / "bfloat16.onnx")
+    done = call("optimize", path, "--profile", PROFILE)
+    assert done.status in (3, 4)  # nothing can be fed, or nothing runs: which comes first is no promise
+    assert "error:" in done.err and "this is a bug" not in done.err
+    assert [p.name for p in tmp_path.iterdir()] == ["bfloat16.onnx"]
 
 
 @pytest.mark.parametrize("command", ["inspect", "compare", "verify"])
