@@ -17,32 +17,21 @@ invalid If.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
 
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxcompress.base import Choice, Pass, Site, Skip, Skipped, Stage
 from onnxcompress.errors import ModelRunError, PassContractError
-from onnxcompress.passes._shape_arithmetic import SMALL, shape_arithmetic
+from onnxcompress.passes._constants import ConstantPlan, Fold, growth
 from onnxcompress.rewrite import Rewriter
 from onnxcompress.statistics import Evidence
 from onnxcompress.target import Target
-from onnxcompress.view import QUANTIZED_OPS, GraphView, body_nodes
+from onnxcompress.view import GraphView
 
 __all__ = ["FoldConstants"]
-
-RANDOM_OPS = frozenset(
-    {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
-)
-_UNBOUNDED = frozenset(
-    {"CenterCropPad", "ConstantOfShape", "Expand", "OneHot", "Pad", "Range", "Resize", "Tile", "Upsample"}
-)
-_MOST = 2**28  # bytes of one intermediate value
 
 
 @dataclass(frozen=True)
@@ -89,11 +78,11 @@ class FoldConstants(Pass):
             for last, fold in [(n, plan.fold(n)) for n in plan.last]:
                 self._fold(last, fold, rewriter)
 
-    def _plan(self, view: GraphView) -> _Plan:
-        return view.derive(self, lambda: _Plan.of(view, self.max_growth))
+    def _plan(self, view: GraphView) -> ConstantPlan:
+        return view.derive(self, lambda: ConstantPlan.of(view, self.max_growth))
 
     def _fold(self, node: ir.Node, fold: object, rewriter: Rewriter) -> None:
-        if not isinstance(fold, _Fold):
+        if not isinstance(fold, Fold):
             raise PassContractError(f"{node.name!r} was not planned by fold_constants")
         wanted = [v for v in node.outputs if v.name and v.uses()]
         arrays = [fold.given[v.name] for v in wanted if v.name in fold.given]
@@ -104,180 +93,7 @@ class FoldConstants(Pass):
                 raise Skip(str(error)) from error
             size = sum(a.nbytes for a in arrays)
             if size > fold.freed + self.max_growth:
-                raise Skip(_growth(size, fold.freed))
+                raise Skip(growth(size, fold.freed))
         for value, array in zip(wanted, arrays, strict=True):
             rewriter.replace_uses(value, rewriter.constant(array, f"{value.name}_folded", like=node))
         rewriter.remove_unused(node)
-
-
-@dataclass(frozen=True, eq=False)
-class _Fold:
-    """What :meth:`FoldConstants.apply` must know of the plan: static shapes, by name, and bytes that go."""
-
-    given: Mapping[str | None, npt.NDArray[Any]]
-    freed: int
-
-
-@dataclass
-class _Plan:
-    """What of a graph is constant, and where it is worth writing down."""
-
-    view: GraphView
-    max_growth: int
-    values: dict[ir.Value, npt.NDArray[np.float64]] = field(default_factory=dict)  # NaN where unknown
-    constant: set[ir.Value] = field(default_factory=set)
-    order: dict[ir.Node, int] = field(default_factory=dict)
-    last: list[ir.Node] = field(default_factory=list)
-    branches: list[ir.Node] = field(default_factory=list)
-    skipped: list[Skipped] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, view: GraphView, max_growth: int) -> _Plan:
-        plan = cls(view, max_growth)
-        for value in view.weights():
-            tensor = view.weight(value)
-            if tensor is not None:
-                plan.constant.add(value)
-                if tensor.dtype in (ir.DataType.INT64, ir.DataType.INT32) and tensor.size <= SMALL:
-                    plan.values[value] = np.clip(tensor.numpy().astype(np.float64), -(2.0**40), 2.0**40)
-        trusted = set(_unconditional(view.model.graph))
-        for position, node in enumerate(view.nodes()):
-            plan.order[node] = position
-            plan._visit(node, trusted)
-        vanishing = {inner for branch in plan.branches for inner in body_nodes(branch)}
-        plan.branches = [n for n in plan.branches if n not in vanishing]
-        plan._settle([n for n in view.nodes() if n not in vanishing and plan._is_last(n)])
-        return plan
-
-    def _visit(self, node: ir.Node, trusted: set[ir.Graph]) -> None:
-        if node.domain == "" and len(node.outputs) == 1 and not node.outputs[0].is_graph_output():
-            extents = shape_arithmetic(node, self.view, self.values, trusted)
-            if extents is not None:
-                self.values[node.outputs[0]] = extents
-                if not np.isnan(extents).any():
-                    self.constant.add(node.outputs[0])
-                return
-        if node.op_type == "If" and node.domain == "":
-            if node.inputs[0] in self.constant:
-                self.branches.append(node)
-            return
-        if not node.inputs or any(v is not None and v not in self.constant for v in node.inputs):
-            return
-        reason = self._refusal(node)
-        if reason:
-            self.skipped.append(Skipped(str(node.name), reason))
-        else:
-            self.constant.update(node.outputs)
-
-    def _refusal(self, node: ir.Node) -> str:
-        if node.domain != "":
-            return f"an operator of domain {node.domain!r}"
-        if node.op_type in QUANTIZED_OPS:
-            return "it keeps weights in a small type"
-        if node.op_type in RANDOM_OPS:
-            return "it draws random numbers"
-        if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
-            return "it has a body"
-        if "Sequence" in node.op_type or "Optional" in node.op_type:
-            return "its value is no tensor"
-        if any(v.is_graph_output() for v in node.outputs):
-            return "its value is an output of the graph"
-        size = self._size(node)
-        if size is None and node.op_type in _UNBOUNDED:
-            return "the size of its value is not known beforehand"
-        return f"its value has {size} bytes" if size is not None and size > _MOST else ""
-
-    def _is_last(self, node: ir.Node) -> bool:
-        """Whether a constant node has a reader that is none."""
-        return any(
-            not user.outputs or user.outputs[0] not in self.constant
-            for value in node.outputs
-            if value in self.constant
-            for user, _ in value.uses()
-        )
-
-    def _settle(self, candidates: list[ir.Node]) -> None:
-        """Keeps what does not make the file larger; of the rest, tries what comes before."""
-        tried = set(candidates)
-        asked = list(candidates)
-        while asked:
-            node = asked.pop()
-            size, freed = self._size(node), self.freed(node)
-            if size is None or size <= freed + self.max_growth or node.outputs[0] in self.values:
-                self.last.append(node)
-                continue
-            self.constant.difference_update(node.outputs)
-            if node in candidates:
-                self.skipped.append(Skipped(str(node.name), _growth(size, freed)))
-            before = {v.producer() for v in node.inputs if v is not None and v in self.constant} - {None}
-            more = [n for n in self.order if n in before and n not in tried]
-            tried.update(more)
-            asked.extend(more)
-        self.last.sort(key=self.order.__getitem__)
-
-    def _size(self, node: ir.Node) -> int | None:
-        total = 0
-        for value in node.outputs:
-            shape, dtype = self.view.shape(value), self.view.dtype(value)
-            extents = [d for d in shape or () if isinstance(d, int)]
-            if shape is None or dtype is None or len(extents) < len(shape):
-                return None
-            total += -(-math.prod(extents) * dtype.bitwidth // 8) if value.uses() else 0
-        return total
-
-    def freed(self, node: ir.Node) -> int:
-        """Bytes of weights nobody reads any more once a node is replaced by its value."""
-        gone: set[ir.Node] = set()
-        for n in reversed(self.cone(node)):
-            if n is node or all(user in gone for v in n.outputs for user, _ in v.uses()):
-                gone.add(n)
-        weights = {v for n in gone for v in n.inputs if v is not None and v.is_initializer()}
-        return sum(
-            w.const_value.nbytes for w in weights if w.const_value is not None and all(u in gone for u, _ in w.uses())
-        )
-
-    def fold(self, node: ir.Node) -> _Fold:
-        """What it takes to fold a node of :attr:`last`."""
-        return _Fold(self._given(node), self.freed(node))
-
-    def value(self, value: ir.Value | None) -> npt.NDArray[Any]:
-        """A constant, computed."""
-        producer = None if value is None else value.producer()
-        given = {} if producer is None else self._given(producer)
-        if value is None:
-            raise Skip("a condition is missing")
-        return given[value.name] if value.name in given else self.view.compute([value], given)[0]
-
-    def _given(self, node: ir.Node) -> dict[str | None, npt.NDArray[Any]]:
-        return {
-            v.name: self.values[v].astype((self.view.dtype(v) or ir.DataType.INT64).numpy())
-            for n in self.cone(node)
-            for v in n.outputs
-            if v in self.values
-        }
-
-    def cone(self, node: ir.Node) -> list[ir.Node]:
-        """The constant nodes a node depends on, in execution order, itself last."""
-        found = {node}
-        stack = [node]
-        while stack:
-            n = stack.pop()
-            if n.outputs[0] in self.values:
-                continue  # known from shapes, whatever it is computed from
-            before = {p for v in n.inputs if v is not None and (p := v.producer()) is not None} - found
-            found |= before
-            stack.extend(before)
-        return sorted(found, key=self.order.__getitem__)
-
-
-def _growth(size: int, freed: int) -> str:
-    return f"its {size} bytes would take the place of {freed}"
-
-
-def _unconditional(graph: ir.Graph) -> Iterator[ir.Graph]:
-    """The graph and the branches of its Ifs: there, a value has one shape. Bodies of loops are not."""
-    yield graph
-    for node in graph:
-        if node.op_type == "If" and node.domain == "":
-            for attribute in node.attributes.values():
-                yield from _unconditional(attribute.as_graph())

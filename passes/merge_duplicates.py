@@ -24,7 +24,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.base import Choice, Pass, Site, Skip, Skipped, Stage
-from onnxcompress.passes.fold_constants import RANDOM_OPS
+from onnxcompress.passes._constants import RANDOM_OPS
 from onnxcompress.rewrite import Rewriter, can_be_output
 from onnxcompress.statistics import Evidence
 from onnxcompress.target import Target
