@@ -18,7 +18,18 @@ from onnxcompress.rewrite import Rewriter
 from onnxcompress.statistics import RangeMethod
 from onnxcompress.view import GraphView
 
-__all__ = ["WeightOptions", "activation_inputs", "fused_activation", "gate", "quantize_weight", "weight_indices"]
+__all__ = [
+    "WeightOptions",
+    "activation_inputs",
+    "calibrated_name",
+    "channel_axes",
+    "fused_activation",
+    "gate",
+    "keep_calibrated_name",
+    "quantize_tensor",
+    "quantize_weight",
+    "weight_indices",
+]
 
 _WEIGHTS: dict[str, tuple[int, ...]] = {
     "Conv": (1,),
@@ -30,6 +41,7 @@ _WEIGHTS: dict[str, tuple[int, ...]] = {
     "RNN": (1, 2),
     "Gather": (0,),
 }
+_CALIBRATED = "onnxcompress.int8.calibrated_name"
 _FUSED = ("Relu", "Clip")
 _BEFORE_FUSED = ("Conv", "Gemm", "Add")
 
@@ -124,6 +136,16 @@ def quantize_weight(
     return quantized, scales
 
 
+def calibrated_name(value: ir.Value) -> str:
+    """Name a value had in calibration: of what is read behind a Q/DQ pair or a gate, that of what went in."""
+    return str(value.meta.get(_CALIBRATED, value.name))
+
+
+def keep_calibrated_name(new: ir.Value, old: ir.Value) -> None:
+    """Notes that ``new`` stands for ``old``; to be called before either is renamed."""
+    new.meta[_CALIBRATED] = calibrated_name(old)
+
+
 def gate(
     rewriter: Rewriter,
     value: ir.Value,
@@ -137,5 +159,6 @@ def gate(
     (delta,) = rewriter.insert("Sub", [distorted, value], after=distorted)
     (scaled,) = rewriter.insert("Mul", [delta, switch], after=delta.producer())
     (mixed,) = rewriter.insert("Add", [value, scaled], after=scaled.producer())
+    keep_calibrated_name(mixed, value)
     inner = [n for n in (delta.producer(), mixed.producer()) if n is not None]
     rewriter.replace_uses(value, mixed, only=only, keep=[*keep, *inner])

@@ -26,7 +26,13 @@ import onnx_ir as ir
 from onnxcompress.base import Choice, Pass, Precision, Site, Skip, Skipped, Stage, Term
 from onnxcompress.errors import PassError
 from onnxcompress.passes import _dynamic, _qdq, _weight_storage
-from onnxcompress.passes._int8 import WeightOptions, activation_inputs, fused_activation, weight_indices
+from onnxcompress.passes._int8 import (
+    WeightOptions,
+    activation_inputs,
+    calibrated_name,
+    fused_activation,
+    weight_indices,
+)
 from onnxcompress.rewrite import Rewriter
 from onnxcompress.statistics import Evidence, Need, RangeMethod, Statistic
 from onnxcompress.target import Target
@@ -162,6 +168,7 @@ class Quantize(Pass):
                 STATIC,
                 Precision.STATIC,
                 reads=inputs,
+                native=_qdq.native_inputs(node, view),
                 writes=tuple(str(v.name) for v in last.outputs if v.name),
                 bytes_saved=saved,
                 terms=(*noise, *(Term("activation", name) for name in owners)),
@@ -213,7 +220,7 @@ _OTHER_FLOATS = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 def _absmax(node: ir.Node, evidence: Evidence) -> npt.NDArray[np.float64]:
     """Largest absolute value of each channel a matrix product reads."""
     value = node.inputs[0]
-    need = Need("" if value is None else str(value.name), Statistic.CHANNELS, axis=-1)
+    need = Need("" if value is None else calibrated_name(value), Statistic.CHANNELS, axis=-1)
     if not evidence.has(need):
         raise Skip(f"{need.value!r} was not observed in calibration")
     return evidence.channels(need.value, -1).absmax
