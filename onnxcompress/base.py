@@ -124,6 +124,8 @@ class Choice:
         precision: how the covered nodes run afterwards (a :class:`Precision`).
         reads: values it wants as integers; the planner pays for quantizing them where the
             producer leaves them float.
+        native: those of ``reads`` that must be integers already, because a QuantizeLinear of their
+            own there would be worse than nothing.
         writes: values it leaves as integers; the planner pays for each float consumer.
         adds: float operators it inserts: (operator type, name of the value it runs on).
         bytes_saved: weight bytes it takes off the file.
@@ -139,6 +141,7 @@ class Choice:
     name: str
     precision: str = Precision.FLOAT
     reads: tuple[str, ...] = ()
+    native: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     adds: tuple[tuple[str, str], ...] = ()
     bytes_saved: int = 0

@@ -45,7 +45,7 @@ class Spool:
     The files are deleted with the object.
     """
 
-    def __init__(self, limit: int = 64 << 20) -> None:
+    def __init__(self, limit: int = 16 << 20) -> None:
         self._limit = limit
         self._used = 0
         self._memory: list[dict[str, Any]] = []

@@ -8,6 +8,7 @@ DequantizeLinear where a reader is float, so regions of integer nodes pay and lo
     subject to  sum_c x_sc = 1                      one choice per site, "keep" among them
                 a_v >= reads_vs - writes_v          some reader wants integers, producer is float
                 b_v >= writes_v - reads_vs          producer leaves integers, some reader is float
+                x_sc <= writes_v                    where c wants v as integers from its producer only
                 u_t >= x_sc                         choice c causes distortion t
                 sum_t price_t u_t <= budget         each distortion counted once
 
@@ -155,6 +156,7 @@ def solve(
     causes: dict[Term, list[int]] = {}
     reads: dict[str, dict[str, list[int]]] = {}
     writes: dict[str, list[int]] = {}
+    native: list[tuple[int, str]] = []
     for question in questions:
         keep = program.variable(question.seconds, integer=True)
         columns = [keep]
@@ -169,10 +171,13 @@ def solve(
                 causes.setdefault(term, []).append(column)
             for value in choice.reads:
                 reads.setdefault(value, {}).setdefault(question.site.key, []).append(column)
+            native += [(column, value) for value in choice.native]
             for value in choice.writes:
                 writes.setdefault(value, []).append(column)
         program.constraint([(c, 1.0) for c in columns], 1.0, 1.0)
     _conversions(program, values, reads, writes)
+    for column, value in native:  # x <= writes
+        program.constraint([(column, -1.0), *((c, 1.0) for c in writes.get(value, ()))], 0.0, np.inf)
     _distortion(program, causes, prices, budget)
     x = program.solve()
     chosen = [(question, option) for column, question, option in picks if option is not None and x[column] > 0.5]
