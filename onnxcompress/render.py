@@ -53,12 +53,13 @@ def report(what: Report, *, output: Path | None = None, verbose: bool = False) -
     if applied:
         rows = [(p.name, p.outcome, str(p.changed) if p.changed else "", p.reason) for p in applied]
         parts.append(section("Passes", columns(rows, ("pass", "outcome", "sites", "what it did"), right=[2])))
+    order = [p.name for p in what.passes]
     done = [s for s in what.sites if s.decision != "keep"]
     kept = [s for s in what.sites if s.decision == "keep"]
     if done:
-        parts.append(section(f"Changed: {plural(len(done), 'site')}", _sites(done, verbose)))
+        parts.append(section(f"Changed: {plural(len(done), 'site')}", _sites(done, order, verbose)))
     if kept:
-        parts.append(section(f"Left alone: {plural(len(kept), 'site')}", _sites(kept, verbose)))
+        parts.append(section(f"Left alone: {plural(len(kept), 'site')}", _sites(kept, order, verbose)))
     if what.attempts:
         parts.append(section("Attempts", _attempts(what.attempts)))
     if what.notes:
@@ -114,7 +115,7 @@ def _worst(what: Comparison, least: float | None) -> str:
     return ", ".join(parts)
 
 
-def _sites(sites: Sequence[SiteReport], verbose: bool) -> Table:
+def _sites(sites: Sequence[SiteReport], order: Sequence[str], verbose: bool) -> Table:
     if verbose:
         rows = [
             (s.pass_name, s.op, s.key, s.decision, s.reason, *_amounts(s.gain_ms, s.bytes_saved, s.distortion_db))
@@ -131,7 +132,7 @@ def _sites(sites: Sequence[SiteReport], verbose: bool) -> Table:
             g.reason,
             *_amounts(g.gain_ms, g.bytes_saved, g.distortion_db),
         )
-        for g in collapse(sites)
+        for g in collapse(sites, order)
     ]
     heads = ("", "op", "pass", "decision", "reason", "saves", "off the file", "most noise")
     return used_columns(rows, heads, right=(0, 5, 6, 7))
@@ -172,18 +173,21 @@ class SiteGroup:
         return sum(self.ops.values())
 
 
-def collapse(sites: Iterable[SiteReport]) -> list[SiteGroup]:
+def collapse(sites: Iterable[SiteReport], order: Sequence[str] = ()) -> list[SiteGroup]:
     """Groups sites by pass, decision and reason; changed ones by operator type too.
 
     Reasons that differ in quoted names and numbers only are one: "saves 0.1 ms" and "saves 0.3 ms"
-    become "saves 0.1..0.3 ms". The last pass comes first, and in it what saves or counts most.
+    become "saves 0.1..0.3 ms".
+
+    Args:
+        sites: of a run.
+        order: names of passes as they ran; the last comes first, and in it what saves or counts most.
     """
     groups: dict[tuple[str, str, str, str], list[SiteReport]] = {}
-    last: dict[str, int] = {}
-    for number, site in enumerate(sites):
+    rank = {name: number for number, name in enumerate(order)}
+    for site in sites:
         op = "" if site.decision == "keep" else site.op
         groups.setdefault((site.pass_name, op, site.decision, _VARIABLE.sub("\0", _general(site))), []).append(site)
-        last[site.pass_name] = number
     found = [
         SiteGroup(
             pass_name=name,
@@ -196,7 +200,7 @@ def collapse(sites: Iterable[SiteReport]) -> list[SiteGroup]:
         )
         for (name, _, decision, _), members in groups.items()
     ]
-    return sorted(found, key=lambda g: (-last[g.pass_name], -g.gain_ms, -g.bytes_saved, -g.count, g.reason))
+    return sorted(found, key=lambda g: (-rank.get(g.pass_name, -1), -g.gain_ms, -g.bytes_saved, -g.count, g.reason))
 
 
 def _general(site: SiteReport) -> str:

@@ -98,6 +98,12 @@ def test_nothing_is_left_out_of_a_group() -> None:
     assert math.isclose(sum(g.gain_ms for g in groups), sum(s.gain_ms for s in REPORT.sites))
 
 
+def test_the_last_pass_comes_first() -> None:
+    sites = [kept("Conv", "a", "too small"), replace(kept("Conv", "b", "shared"), pass_name="fold")]
+    assert [g.pass_name for g in render.collapse(sites, ["fold", "quantize"])] == ["quantize", "fold"]
+    assert [g.pass_name for g in render.collapse(sites, ["quantize", "fold"])] == ["fold", "quantize"]
+
+
 def test_reasons_that_say_different_things_stay_apart() -> None:
     sites = [kept("Conv", "a", "it is too small"), kept("Conv", "b", "it is too large")]
     assert [g.count for g in render.collapse(sites)] == [1, 1]
