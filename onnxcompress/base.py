@@ -158,6 +158,7 @@ class Pass(ABC):
         name: what the command line calls it; a verb.
         stage: when it runs.
         ops: operator types :meth:`match` is asked about.
+        rank: place within the stage; smaller runs first, then by name.
         min_opset: version of the standard operator set its rewrites need; the pipeline raises it.
         lossless: it must not change any output beyond float rounding; the pipeline checks.
         summary: first line of the class docstring, shown by ``passes list``.
@@ -166,6 +167,7 @@ class Pass(ABC):
     name: ClassVar[str]
     stage: ClassVar[Stage] = Stage.SHARE
     ops: ClassVar[tuple[str, ...]] = ()
+    rank: ClassVar[int] = 0
     min_opset: ClassVar[int] = 1
     lossless: ClassVar[bool] = False
 

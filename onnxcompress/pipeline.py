@@ -183,7 +183,7 @@ class _Job:
         """Goes all the way; what came of it is in ``result`` and the records."""
         by_hand = passes is not None
         chosen = list(passes) if passes is not None else [cls() for cls in registry.available().values()]
-        chosen.sort(key=lambda p: p.stage)
+        chosen.sort(key=lambda p: (p.stage, p.rank))
         tidying = [p for p in chosen if p.lossless and p.stage is Stage.NORMALISE]
         if by_hand and not tidying:  # rewrites by hand still start from a tidy graph
             tidying = [p() for p in registry.available().values() if p.lossless and p.stage is Stage.NORMALISE]
