@@ -16,7 +16,12 @@ from pathlib import Path
 
 import pytest
 
+from onnxcompress.cli import cli
+from onnxcompress.errors import OnnxCompressError
+from onnxcompress.pipeline import DEFAULT_MIN_SQNR_DB
+
 ROOT = Path(__file__).parent.parent
+PROFILES = [p.stem for p in (ROOT / "hardware_profiles").glob("*.toml")]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
@@ -112,3 +117,18 @@ def test_every_dependency_has_its_reason_in_the_readme() -> None:
     for requirement in wanted:
         name = re.split(r"[<>=!~\[ ;]", requirement)[0]
         assert f"| `{name}` |" in readme, f"{name} is not explained"
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/decisions.md"])
+def test_documents_name_the_default_budget_as_it_is(document: str) -> None:
+    assert f"{DEFAULT_MIN_SQNR_DB:g} dB" in (ROOT / document).read_text(encoding="utf-8")
+
+
+def test_the_readme_lists_every_exit_code_command_and_profile() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    kinds = [OnnxCompressError]
+    for kind in kinds:  # grows as it goes: the whole tree
+        kinds += kind.__subclasses__()
+        assert f"| {kind.exit_code} |" in readme
+    assert all(f"`{name}" in readme for name in cli.commands)
+    assert all(f"`{name}`" in readme for name in PROFILES)
