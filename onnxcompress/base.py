@@ -187,8 +187,11 @@ class Pass(ABC):
             except Skip as skip:
                 yield Skipped(str(node.name), skip.reason)
 
-    def needs(self, site: Site, view: GraphView) -> Iterable[Need]:
-        """Statistics :meth:`choices` and :meth:`apply` want for this site; none by default."""
+    def needs(self, choice: Choice, view: GraphView) -> Iterable[Need]:
+        """Statistics :meth:`apply` and :meth:`simulate` want for this choice; none by default.
+
+        Only what some plan wants is collected, so a choice nobody makes costs no calibration.
+        """
         return ()
 
     @abstractmethod

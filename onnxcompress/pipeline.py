@@ -11,7 +11,7 @@ import importlib.metadata
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from onnxcompress import model as models
 from onnxcompress import registry
-from onnxcompress.base import KEEP, Pass, Skipped, Stage, Term
+from onnxcompress.base import KEEP, Choice, Pass, Stage, Term
 from onnxcompress.calibrate import calibrate, value_shapes
 from onnxcompress.cost import CostModel
 from onnxcompress.data import Feed, Source, open_data
@@ -33,7 +33,7 @@ from onnxcompress.report import Attempt, Budget, Comparison, Latency, PassReport
 from onnxcompress.search import Checked, Search
 from onnxcompress.sensitivity import Prices, measure_prices
 from onnxcompress.sizes import file_size, model_size
-from onnxcompress.statistics import Evidence
+from onnxcompress.statistics import Evidence, Need
 from onnxcompress.target import Target
 from onnxcompress.trial import LOSSLESS_SAMPLES, Tidied, difference, pass_options, tidy
 from onnxcompress.view import GraphView
@@ -230,7 +230,11 @@ class _Job:
 
     def _tidied(self, model: ir.Model, pass_: Pass) -> Tidied:
         self.progress(pass_.name, 0, None)
-        return tidy(model, pass_, self._evidence(model, pass_, first=_FEW), self.target)
+
+        def gather(view: GraphView, choices: Sequence[Choice]) -> Evidence:
+            return self._calibrate(model, {n for c in choices for n in pass_.needs(c, view)}, first=_FEW)
+
+        return tidy(model, pass_, self.target, gather)
 
     def _difference(self, model: ir.Model) -> str:
         return difference(model, self.reference, len(GraphView(model).nodes()), lambda: self.noise)
@@ -252,11 +256,7 @@ class _Job:
         self.tidied.append(PassReport("raise_opset", {}, 1, "applied", f"{current} -> {wanted}"))
         return raised
 
-    def _evidence(self, model: ir.Model, pass_: Pass, *, first: int | None = None) -> Evidence:
-        if type(pass_).needs is Pass.needs:
-            return Evidence(synthetic=self.source.synthetic)
-        view = GraphView(model)
-        needs = {n for site in pass_.sites(view) if not isinstance(site, Skipped) for n in pass_.needs(site, view)}
+    def _calibrate(self, model: ir.Model, needs: Collection[Need], *, first: int | None = None) -> Evidence:
         if not needs:
             return Evidence(synthetic=self.source.synthetic)
         source = self.calibration if first is None else self.calibration.take(first)
@@ -275,15 +275,29 @@ class _Job:
             self.rewrites.append(PassReport(pass_.name, pass_options(pass_), 0, "nothing to do", ""))
             self.sites += explain(pass_, offer, (), Plan({}, 0, 0, 0), Plan({}, 0, 0, 0), {}, {}, {}, view, (), "")
             return model
-        evidence = self._evidence(model, pass_)
         questions, values, missing = ask(offer, view, self.cost, self.shapes)
         noise = 10 ** (-(self.budget.min_sqnr_db or DEFAULT_MIN_SQNR_DB) / 10)
 
-        def price(terms: Sequence[Term]) -> Prices:
+        known = Evidence(synthetic=self.source.synthetic)
+        swept: set[Need] = set()
+
+        def gather(choices: Sequence[Choice]) -> Evidence:
+            """At most two sweeps: one for the first plan, one for whatever any other plan may want."""
+            nonlocal known
+            missing = {n for c in choices for n in pass_.needs(c, view) if not known.has(n)}
+            if missing - swept:
+                if swept:
+                    everything = (c for q in questions for o in q.options for c in (o.choice,))
+                    missing = {n for c in everything for n in pass_.needs(c, view)} - swept
+                swept.update(missing)
+                known = known.joined(self._calibrate(model, missing))
+            return known
+
+        def price(terms: Sequence[Term], evidence: Evidence) -> Prices:
             return self._prices(pass_, model, terms, evidence, noise)
 
         rate = BYTES_WORTH * sum(q.seconds for q in questions) / max(1, models.weight_bytes(model))
-        search = Search(model, pass_, evidence, questions, values, noise, rate, price, self.check)
+        search = Search(model, pass_, questions, values, noise, rate, gather, price, self.check)
         found = search.by_hand() if by_hand else search.run()
         self.attempts += search.attempts
         self.saved += found.plan.seconds_before - found.plan.seconds

@@ -214,14 +214,16 @@ def _distortion(
     limited = []
     for term, columns in causes.items():
         price = prices.get(term, 0.0)
-        if price <= 0.0:
-            continue
-        used = program.variable(0.0)
-        limited.append((used, price / budget if budget > 0 else 1.0))
-        for column in columns:
-            program.constraint([(used, 1.0), (column, -1.0)], 0.0, np.inf)
+        if not price <= budget:  # too much by itself, or not a number
+            for column in columns:
+                program.constraint([(column, 1.0)], 0.0, 0.0)
+        elif price > 0.0:
+            used = program.variable(0.0)
+            limited.append((used, price / budget))
+            for column in columns:
+                program.constraint([(used, 1.0), (column, -1.0)], 0.0, np.inf)
     if limited:
-        program.constraint(limited, -np.inf, 1.0 if budget > 0 else 0.0)
+        program.constraint(limited, -np.inf, 1.0)
 
 
 def _plan(

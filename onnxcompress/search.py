@@ -25,6 +25,7 @@ from onnxcompress.trial import Built, build
 __all__ = ["Checked", "Found", "Search"]
 
 _ATTEMPTS = 6
+_ENDLESS = "it puts noise on an output that is otherwise all zeros, or changes its shape"
 _CLOSE = 1.03
 """A plan this much slower than the slowest one that failed is close enough."""
 
@@ -60,11 +61,11 @@ class Search:
     Attributes:
         model: the model before the pass.
         pass_: the pass.
-        evidence: what calibration learned.
         questions: its sites, priced in seconds.
         values: conversion costs.
         noise: noise power the budget allows at the worst output.
         rate: seconds a byte off the file is worth.
+        gather: collects the evidence choices need.
         price: measures terms.
         check: runs a candidate on held-out data.
         prices: what has been measured.
@@ -74,12 +75,12 @@ class Search:
 
     model: ir.Model
     pass_: Pass
-    evidence: Evidence
     questions: list[Question]
     values: Mapping[str, ValueCost]
     noise: float
     rate: float
-    price: Callable[[Sequence[Term]], Prices]
+    gather: Callable[[Sequence[Choice]], Evidence]
+    price: Callable[[Sequence[Term], Evidence], Prices]
     check: Callable[[ir.Model], Checked]
 
     def __post_init__(self) -> None:
@@ -109,10 +110,14 @@ class Search:
                     break
                 limit = math.sqrt(holds * fails)
             else:
-                problem, out_of_reach = checked.problem, max(out_of_reach, plan.seconds)
+                problem = checked.problem
                 if limit is math.inf:
                     self._measure(plan)
+                    if self.impossible.keys() & _terms(plan):
+                        plan = self._solve(None)
+                        continue
                     plan = replace(plan, price=self._price(plan))
+                out_of_reach = max(out_of_reach, plan.seconds)
                 fails = min(limit, plan.price)
                 limit = self._lower(holds, fails, plan, checked)
             plan = self._solve(limit)
@@ -155,11 +160,12 @@ class Search:
 
     def _measure(self, plan: Plan) -> bool:
         known = self.prices.keys() | self.impossible.keys()
-        new = sorted({t for c in plan.choices.values() for t in c.terms} - known)
+        new = sorted(_terms(plan) - known)
         if not new:
             return False
-        found = self.price(new)
-        self.prices.update(found.terms)
+        found = self.price(new, self.gather(tuple(plan.choices.values())))
+        self.prices.update({t: p for t, p in found.terms.items() if math.isfinite(p)})
+        self.impossible.update({t: _ENDLESS for t, p in found.terms.items() if not math.isfinite(p)})
         self.impossible.update(found.impossible)
         self.questions = [
             replace(q, options=tuple(o for o in q.options if not self.impossible.keys() & set(o.choice.terms)))
@@ -168,10 +174,11 @@ class Search:
         return True
 
     def _price(self, plan: Plan) -> float:
-        return sum(self.prices.get(t, 0.0) for t in {t for c in plan.choices.values() for t in c.terms})
+        return sum(self.prices.get(t, 0.0) for t in _terms(plan))
 
     def _try(self, plan: Plan) -> tuple[Built, Checked]:
-        built = build(self.model, self.pass_, plan.choices.values(), self.evidence)
+        choices = tuple(plan.choices.values())
+        built = build(self.model, self.pass_, choices, self.gather(choices))
         try:
             checked = self.check(built.model)
         except ModelRunError as error:
@@ -188,3 +195,7 @@ class Search:
             )
         )
         return built, checked
+
+
+def _terms(plan: Plan) -> set[Term]:
+    return {t for c in plan.choices.values() for t in c.terms}

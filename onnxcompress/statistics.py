@@ -112,6 +112,16 @@ class Evidence:
         self.samples = samples
         self.synthetic = synthetic
 
+    def joined(self, other: Evidence) -> Evidence:
+        """Everything both know; ``other`` has the last word."""
+        return Evidence(
+            {**self.histograms, **other.histograms},
+            {**self._channels, **other._channels},
+            {**self.shapes, **other.shapes},
+            max(self.samples, other.samples),
+            self.synthetic or other.synthetic,
+        )
+
     def has(self, need: Need) -> bool:
         """Whether the value was observed (a value inside a Loop body is not)."""
         if need.statistic is Statistic.HISTOGRAM:

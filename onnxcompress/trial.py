@@ -80,8 +80,17 @@ class Tidied:
     skipped: tuple[Skipped, ...]
 
 
-def tidy(model: ir.Model, pass_: Pass, evidence: Evidence, target: Target) -> Tidied:
-    """Makes every choice of a lossless pass."""
+def tidy(
+    model: ir.Model, pass_: Pass, target: Target, gather: Callable[[GraphView, Sequence[Choice]], Evidence]
+) -> Tidied:
+    """Makes every choice of a lossless pass.
+
+    Args:
+        model: what to improve.
+        pass_: a pass with ``lossless = True``.
+        target: the device.
+        gather: collects the evidence choices need.
+    """
     view = GraphView(model)
     skipped: list[Skipped] = []
     choices: list[Choice] = []
@@ -94,7 +103,7 @@ def tidy(model: ir.Model, pass_: Pass, evidence: Evidence, target: Target) -> Ti
         except Skip as skip:
             skipped.append(Skipped(site.key, skip.reason))
     if choices:
-        built = build(model, pass_, choices, evidence)
+        built = build(model, pass_, choices, gather(view, choices))
         skipped += built.refused
         if built.made:
             return Tidied(built.model, _report(pass_, len(built.made), "applied", ""), tuple(skipped))

@@ -80,8 +80,8 @@ class Equalize(Pass):
                 parts = (*scaling.makers, *scaling.readers)
                 yield Site(str(producer.name), tuple(dict.fromkeys((str(producer.name), *(p.node for p in parts)))))
 
-    def needs(self, site: Site, view: GraphView) -> Iterable[Need]:
-        scaling = scaling_of(view.node(site.key).outputs[0], view)
+    def needs(self, choice: Choice, view: GraphView) -> Iterable[Need]:
+        scaling = scaling_of(view.node(choice.site.key).outputs[0], view)
         return (Need(scaling.value, Statistic.CHANNELS, scaling.axis),)
 
     def choices(self, site: Site, view: GraphView, target: Target) -> list[Choice]:

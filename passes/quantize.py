@@ -121,11 +121,11 @@ class Quantize(Pass):
         extra = fused_activation(node, view)
         return Site.of(node) if extra is None else Site.of(node, extra)
 
-    def needs(self, site: Site, view: GraphView) -> Iterable[Need]:
-        node, last = view.node(site.key), view.node(site.nodes[-1])
-        if SMOOTH in self.modes and node.op_type in ("MatMul", "Gemm") and not view.in_subgraph(node):
-            yield Need(str(node.inputs[0].name) if node.inputs[0] is not None else "", Statistic.CHANNELS, axis=-1)
-        if STATIC not in self.modes or view.in_subgraph(node) or _qdq.obstacle(node, view):
+    def needs(self, choice: Choice, view: GraphView) -> Iterable[Need]:
+        node, last = view.node(choice.site.key), view.node(choice.site.nodes[-1])
+        if choice.name == SMOOTH and node.inputs[0] is not None:
+            yield Need(str(node.inputs[0].name), Statistic.CHANNELS, axis=-1)
+        if choice.name != STATIC:
             return
         for name in _qdq.range_owners(node, last, view):
             yield Need(name, Statistic.HISTOGRAM)

@@ -53,7 +53,8 @@ def observe(model: ir.Model, pass_: Equalize, x: Floats) -> Evidence:
     view = GraphView(model)
     channels = {}
     for site in pass_.sites(view):
-        for need in pass_.needs(site, view) if isinstance(site, Site) else ():
+        choices = pass_.choices(site, view, TARGET) if isinstance(site, Site) else ()
+        for need in (n for c in choices for n in pass_.needs(c, view)):
             (array,) = run(model, x, need.value)
             rows = np.moveaxis(array.astype(np.float64), need.axis, 0)
             rows = rows.reshape(rows.shape[0], -1)
