@@ -109,7 +109,8 @@ def fused(model: ir.Model) -> onnx.ModelProto:
 def learn(pass_: Pass, model: ir.Model, feeds: Feeds) -> Evidence:
     """Everything the pass asks for."""
     view = GraphView(model)
-    needs = {n for s in pass_.sites(view) if isinstance(s, Site) for n in pass_.needs(s, view)}
+    sites = [s for s in pass_.sites(view) if isinstance(s, Site)]
+    needs = {n for s in sites for c in pass_.choices(s, view, TARGET) for n in pass_.needs(c, view)}
     return calibrate(model, sorted(needs), open_data([dict(f) for f in feeds], model)) if needs else Evidence()
 
 
