@@ -167,8 +167,13 @@ def _worst(
                 continue
             if expected.shape != result[name].shape:
                 return float("inf")
-            a = np.asarray(expected, np.float64)
+            a, b = np.asarray(expected, np.float64), np.asarray(result[name], np.float64)
+            finite = np.isfinite(a)
+            if not finite.all():  # scores masked with minus infinity, which must stay what they are
+                if not np.array_equal(a[~finite], b[~finite], equal_nan=True):
+                    return float("inf")
+                a, b = a[finite], b[finite]
             signal[name] = signal.get(name, 0.0) + float(np.square(a).sum())
-            error[name] = error.get(name, 0.0) + float(np.square(a - np.asarray(result[name], np.float64)).sum())
+            error[name] = error.get(name, 0.0) + float(np.square(a - b).sum())
     ratios = [error[n] / signal[n] if signal[n] > 0 else (0.0 if error[n] == 0 else np.inf) for n in signal]
     return float(max(ratios, default=0.0))

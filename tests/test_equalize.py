@@ -53,7 +53,7 @@ def observe(model: ir.Model, pass_: Equalize, x: Floats) -> Evidence:
     view = GraphView(model)
     channels = {}
     for site in pass_.sites(view):
-        choices = pass_.choices(site, view, TARGET) if isinstance(site, Site) else ()
+        choices = pass_.choices(site, view, Target("any")) if isinstance(site, Site) else ()
         for need in (n for c in choices for n in pass_.needs(c, view)):
             (array,) = run(model, x, need.value)
             rows = np.moveaxis(array.astype(np.float64), need.axis, 0)
