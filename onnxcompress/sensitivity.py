@@ -173,6 +173,8 @@ def _worst(
                 if not np.array_equal(a[~finite], b[~finite], equal_nan=True):
                     return float("inf")
                 a, b = a[finite], b[finite]
+            if not np.isfinite(b).all():
+                return float("inf")
             signal[name] = signal.get(name, 0.0) + float(np.square(a).sum())
             error[name] = error.get(name, 0.0) + float(np.square(a - b).sum())
     ratios = [error[n] / signal[n] if signal[n] > 0 else (0.0 if error[n] == 0 else np.inf) for n in signal]
