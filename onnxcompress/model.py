@@ -46,6 +46,8 @@ __all__ = [
     "raise_opset",
     "save",
     "serialize",
+    "source",
+    "source_files",
     "temporary_file",
     "weight_bytes",
 ]
@@ -72,6 +74,17 @@ def source(model: ir.Model) -> Path | None:
     """The file the model was loaded from, if it was."""
     path = model.meta.get(_SOURCE)
     return Path(path) if path is not None else None
+
+
+def source_files(model: ir.Model) -> tuple[Path, ...]:
+    """The file the model was loaded from and those its weights are in, each once; empty if it was not loaded."""
+    origin = source(model)
+    files = [] if origin is None else [origin]
+    for graph in all_graphs(model):
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                files.append(Path(value.const_value.path).resolve())
+    return tuple(dict.fromkeys(files))
 
 
 def load(path: str | os.PathLike[str]) -> ir.Model:
@@ -310,7 +323,7 @@ def save(
     path = Path(path)
     external = weight_bytes(model) > EXTERNAL_DATA_THRESHOLD if external_data is None else external_data
     targets = [path, path.with_name(path.name + ".data")] if external else [path]
-    guarded = {Path(p).resolve() for p in protect} | _source_files(model)
+    guarded = {Path(p).resolve() for p in protect} | set(source_files(model))
     for target in targets:
         if target.resolve() in guarded:
             raise OutputError(f"{target} is the input model; it is never overwritten", hint="choose another -o")
@@ -525,18 +538,6 @@ def _write(model: ir.Model, path: Path, *, external: bool) -> None:
         ir.save(_without_inferred(model), path, external_data=path.name + ".data")
     else:
         path.write_bytes(_to_proto(model).SerializeToString(deterministic=True))
-
-
-def _source_files(model: ir.Model) -> set[Path]:
-    files = set()
-    origin = source(model)
-    if origin is not None:
-        files.add(origin)
-    for graph in all_graphs(model):
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                files.add(Path(value.const_value.path).resolve())
-    return files
 
 
 # --- opset -------------------------------------------------------------------------------------

@@ -276,7 +276,8 @@ class _Job:
             self.sites += explain(pass_, offer, (), Plan({}, 0, 0, 0), Plan({}, 0, 0, 0), {}, {}, {}, view, (), "")
             return model
         questions, values, missing = ask(offer, view, self.cost, self.shapes)
-        noise = 10 ** (-(self.budget.min_sqnr_db or DEFAULT_MIN_SQNR_DB) / 10)
+        floor = self.budget.min_sqnr_db
+        noise = 10 ** (-(DEFAULT_MIN_SQNR_DB if floor is None else floor) / 10)
 
         known = Evidence(synthetic=self.source.synthetic)
         swept: set[Need] = set()
@@ -405,28 +406,27 @@ class _Job:
 
     def report(self, name: str, seed: int, files: Sequence[Path]) -> Report:
         """Everything about the run; after :meth:`final`."""
-        origin = models.source(self.original)
-        before = file_size(origin) if origin is not None and name != _IN_MEMORY else model_size(self.original)
+        origin = models.source_files(self.original) if name != _IN_MEMORY else ()
+        before = file_size(*origin) if origin else model_size(self.original)
         after = file_size(*files) if files else model_size(self.result)
-        shapes = value_shapes(self.original, self.calibration.first())
-        first = self.cost.model(GraphView(self.original), shapes).seconds
         totals = Totals(
             (before.raw, after.raw),
             (before.zstd, after.zstd),
-            (1e3 * first, 1e3 * (self.predicted - self.saved)),
+            (1e3 * self.predicted, 1e3 * (self.predicted - self.saved)),
             self.latency,
             self.comparison,
             self.metric_before,
             self._score(self.result),
         )
         changed = sum(s.decision != KEEP for s in self.sites)
+        outcome = "the input model is kept" if self.result is self.original else "the model is normalised only"
         return Report(
             input=name,
             profile=self.profile.name,
             calibration=self.source.description,
             budget=self.budget,
             seed=seed,
-            outcome=f"{changed} sites rewritten" if changed else "no rewrite pays; the model is normalised only",
+            outcome=f"{changed} sites rewritten" if changed else f"no rewrite pays; {outcome}",
             totals=totals,
             passes=(*self.tidied, *self.rewrites),
             sites=(*self.sites, *self.left_alone),
