@@ -211,10 +211,10 @@ class Pass(ABC):
         """
 
     def simulate(self, term: Term, rewriter: Rewriter, evidence: Evidence, target: Target, switch: ir.Value) -> bool:
-        """Adds the distortion of ``term`` to a model, multiplied by the scalar ``switch``.
+        """Adds the distortion of ``term`` to a model where the boolean scalar ``switch`` is true.
 
-        With it the pipeline measures every term in one session: all switches 0 is the original,
-        one switch 1 is that distortion alone. Returns False where the pass cannot (the default);
+        With it the pipeline measures every term in one session: all switches off is the original,
+        one switch on is that distortion alone. Returns False where the pass cannot (the default);
         its choices are then measured one clone at a time.
         """
         return False

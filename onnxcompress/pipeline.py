@@ -281,15 +281,18 @@ class _Job:
 
         known = Evidence(synthetic=self.source.synthetic)
         swept: set[Need] = set()
+        plans: set[Choice] = set()
 
         def gather(choices: Sequence[Choice]) -> Evidence:
-            """At most two sweeps: one for the first plan, one for whatever any other plan may want."""
+            """One sweep for the first plan, one for whatever else its sites may turn to."""
             nonlocal known
+            plans.update(choices)
             missing = {n for c in choices for n in pass_.needs(c, view) if not known.has(n)}
             if missing - swept:
-                if swept:
-                    everything = (c for q in questions for o in q.options for c in (o.choice,))
-                    missing = {n for c in everything for n in pass_.needs(c, view)} - swept
+                if len(plans) > len(choices):  # later plans: all a site may turn to, so there is no third sweep
+                    keys = {c.site.key for c in choices}
+                    others = (o.choice for q in questions if q.site.key in keys for o in q.options)
+                    missing |= {n for c in others for n in pass_.needs(c, view)} - swept
                 swept.update(missing)
                 known = known.joined(self._calibrate(model, missing))
             return known

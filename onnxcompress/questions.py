@@ -17,6 +17,7 @@ from onnxcompress.work import NodeWork, kinds_of, work_of
 __all__ = ["Offer", "ask", "explain", "offers"]
 
 
+_HARDLY_FASTER = 0.8
 _NO_DATA = "it needs ranges from real data, and there is no calibration data"
 
 
@@ -88,8 +89,17 @@ def ask(
             else:
                 extra = sum(_elementwise(op, shapes.get(name, ()), here) for op, name in choice.adds)
                 options.append(Option(choice, after + extra))
-        questions.append(Question(site, seconds, tuple(options)))
+        questions.append(Question(site, seconds, _undominated(options)))
     return questions, _value_costs(questions, view, here, shapes), missing
+
+
+def _undominated(options: Sequence[Option]) -> tuple[Option, ...]:
+    """Leaves out what needs calibrated ranges and integer neighbours, yet is hardly faster than what needs neither."""
+    free = [o.seconds for o in options if not o.choice.calibrated and o.choice.precision != Precision.FLOAT]
+    if not free:
+        return tuple(options)
+    limit = _HARDLY_FASTER * min(free)
+    return tuple(o for o in options if not (o.choice.reads and o.choice.calibrated and o.seconds >= limit))
 
 
 def _elementwise(op: str, shape: tuple[int, ...], cost: CostModel) -> float:

@@ -165,7 +165,8 @@ class Totals:
     Attributes:
         file_bytes: size of the ONNX file with its external data.
         zstd_bytes: the same compressed with zstd level 3: what goes over the wire.
-        predicted_ms: on the profile.
+        predicted_ms: on the profile; the first figure is of the normalised model, whose nodes are
+            what the plan is about.
         latency: measured here; None where the profile is of another device or timing was off.
         comparison: against the input model on data not used for calibration.
         metric_before: the user's metric, where there is one.

@@ -20,7 +20,7 @@ from onnxcompress.view import REVISION, GraphView, body_nodes
 
 __all__ = ["Edit", "Rewriter", "can_be_output"]
 
-Attribute = int | float | str | Sequence[int] | Sequence[float] | ir.TensorProtocol
+Attribute = int | float | str | ir.Attr | Sequence[int] | Sequence[float] | ir.TensorProtocol
 
 
 @dataclass(frozen=True)
@@ -228,6 +228,42 @@ class Rewriter:
         self._nodes[name] = node
         self._note(f"add {op}", name)
         return tuple(node.outputs)
+
+    def nodes_since(self, edits: int) -> tuple[ir.Node, ...]:
+        """Nodes added since the log had ``edits`` entries, and still there."""
+        names = (e.subject for e in self._log[edits:] if e.action.startswith("add "))
+        return tuple(self._nodes[n] for n in names if n in self._nodes)
+
+    def only_if(
+        self, switch: ir.Value, computed: ir.Value, nodes: Sequence[ir.Node], otherwise: ir.Value
+    ) -> tuple[ir.Value, ir.Node]:
+        """A value that is ``computed`` where ``switch`` is true and ``otherwise`` where not.
+
+        Args:
+            switch: boolean scalar.
+            computed: made by the last of ``nodes``.
+            nodes: in execution order; they move into the If and run only where it is true. Nobody
+                else may read what they make.
+            otherwise: a value of the same type.
+
+        Returns:
+            The value and the If.
+        """
+        graph = self._graph_of(nodes[-1])
+        (same,) = self.insert("Identity", [otherwise], after=nodes[-1], dtype=otherwise.dtype)
+        identity = same.producer()
+        moved = [*nodes, identity] if identity is not None else []
+        node = ir.node("If", [switch], name=self.fresh(f"{nodes[-1].name}_If"), num_outputs=1)
+        node.outputs[0].name = self.fresh(f"{node.name}_out")
+        graph.insert_after(moved[-1], node)
+        graph.remove(moved)
+        for name, body, output in (("then_branch", list(nodes), computed), ("else_branch", moved[-1:], same)):
+            output.type = output.type or ir.TensorType(ir.DataType.FLOAT)
+            inner = ir.Graph([], [output], nodes=body, name=f"{node.name}_{name}")
+            node.attributes[name] = ir.AttrGraph(name, inner)
+        self._nodes[str(node.name)] = node
+        self._note("add If", str(node.name))
+        return node.outputs[0], node
 
     def add_input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str | None]) -> ir.Value:
         """A new input of the model."""

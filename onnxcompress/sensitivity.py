@@ -1,9 +1,9 @@
 """How much each source of distortion hurts the outputs, measured all in one session.
 
 Every distortion of one kind that a pass can simulate is added to one copy of the model behind a
-scalar switch, so with all switches at 0 it is the original and with one at 1 it is that distortion
-alone. Trying a term is then one run, and not one rewritten model and one session; terms that do
-little are tried together, and a group is halved only where it matters.
+switch, so with all switches off it is the original and with one on it is that distortion alone; what
+is off is not computed. Trying a term is then one run, and not one rewritten model and one session;
+terms that do little are tried together, and a group is halved only where it matters.
 
 The price of a term is noise power over signal power at the worst observed output. Prices of
 independent roundings add; how well that holds is checked afterwards on the plan as a whole.
@@ -31,7 +31,7 @@ __all__ = ["Prices", "measure_prices"]
 
 logger = logging.getLogger(__name__)
 
-_NEGLIGIBLE = 0.02
+_NEGLIGIBLE = 0.05
 """Terms that together cost less than this share of the budget are not taken apart."""
 
 
@@ -118,14 +118,14 @@ class _Board:
     ) -> None:
         board, self.switches, self.impossible = _switchboard(pass_, model, terms, evidence, target)
         self._feeds = feeds
-        self._off = {name: np.zeros((), np.float32) for name in self.switches.values()}
+        self._off = {name: np.zeros((), np.bool_) for name in self.switches.values()}
         if self.switches:
             self._runner = Runner(board, outputs=_present(board, names))
             self._references = [self._runner.run({**feed, **self._off}) for feed in feeds]
 
     def noise(self, on: Sequence[Term]) -> float:
         """Noise power over signal power at the worst output with these terms switched on."""
-        chosen = {self.switches[t]: np.ones((), np.float32) for t in on}
+        chosen = {self.switches[t]: np.ones((), np.bool_) for t in on}
         results = (self._runner.run({**feed, **self._off, **chosen}) for feed in self._feeds)
         return _worst(self._references, results)
 
@@ -138,7 +138,7 @@ def _switchboard(
     switches: dict[Term, str] = {}
     impossible: dict[Term, str] = {}
     for number, term in enumerate(terms):
-        switch = rewriter.add_input(f"switch_{number}", ir.DataType.FLOAT, ())
+        switch = rewriter.add_input(f"switch_{number}", ir.DataType.BOOL, ())
         try:
             if not pass_.simulate(term, rewriter, evidence, target, switch):
                 raise Skip(f"{pass_.name} cannot simulate it")

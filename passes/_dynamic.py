@@ -96,13 +96,14 @@ def simulate_smooth(
     quantized, scales = quantize_weight(scaled, channel_axes(node, 1, 2), options)
     inverse = rewriter.constant((1 / factors).astype(np.float32), f"{node.name}_smooth", like=node)
     restored = rewriter.constant(np.asarray(quantized * scales, np.float32), f"{node.name}_smoothed", like=node)
-    (shrunk,) = rewriter.insert("Mul", [x, inverse], before=node)
-    q, scale, zero = rewriter.insert("DynamicQuantizeLinear", [shrunk], outputs=3, before=node)
-    (rounded,) = rewriter.insert("DequantizeLinear", [q, scale, zero], before=node)
+    edits = len(rewriter.log)
+    (shrunk,) = rewriter.insert("Mul", [x, inverse], after=node)
+    q, scale, zero = rewriter.insert("DynamicQuantizeLinear", [shrunk], outputs=3, after=shrunk)
+    (rounded,) = rewriter.insert("DequantizeLinear", [q, scale, zero], after=q)
     bias = [v for v in node.inputs[2:] if v is not None]
     attributes = {"transB": node.attributes.get_int("transB", 0)} if node.op_type == "Gemm" else {}
-    (output,) = rewriter.insert(node.op_type, [rounded, restored, *bias], attributes, after=node)
-    gate(rewriter, node.outputs[0], output, switch, keep=[])
+    (output,) = rewriter.insert(node.op_type, [rounded, restored, *bias], attributes, after=rounded)
+    gate(rewriter, node.outputs[0], output, switch, edits)
 
 
 def _smoothed(
@@ -122,9 +123,10 @@ def simulate(value: ir.Value, rewriter: Rewriter, switch: ir.Value) -> None:
     only = [use.node for use in value.uses() if use.node.op_type in _KERNELS and use.idx == 0]
     if not only:
         raise Skip(f"no matrix product reads {value.name!r}")
+    edits = len(rewriter.log)
     q, scale, zero = rewriter.insert("DynamicQuantizeLinear", [value], outputs=3, after=value)
     (dq,) = rewriter.insert("DequantizeLinear", [q, scale, zero], after=q.producer())
-    gate(rewriter, value, dq, switch, keep=[], only=only)
+    gate(rewriter, value, dq, switch, edits, only=only)
 
 
 def _product(node: ir.Node, rewriter: Rewriter, options: WeightOptions) -> None:

@@ -151,14 +151,27 @@ def gate(
     value: ir.Value,
     distorted: ir.Value,
     switch: ir.Value,
+    edits: int,
     *,
-    keep: Sequence[ir.Node],
     only: Sequence[ir.Node] | None = None,
 ) -> None:
-    """Makes readers of ``value`` see value + switch * (distorted - value)."""
-    (delta,) = rewriter.insert("Sub", [distorted, value], after=distorted)
-    (scaled,) = rewriter.insert("Mul", [delta, switch], after=delta.producer())
-    (mixed,) = rewriter.insert("Add", [value, scaled], after=scaled.producer())
+    """Makes readers of ``value`` see ``distorted`` where the switch is on.
+
+    Args:
+        rewriter: of the model.
+        value: what they read now.
+        distorted: what they shall read, made by the nodes added since the log had ``edits`` entries;
+            these run only where the switch is on.
+        switch: boolean scalar.
+        edits: see above.
+        only: just these readers.
+    """
+    nodes = rewriter.nodes_since(edits)
+    mixed, _ = rewriter.only_if(switch, distorted, nodes, value)
     keep_calibrated_name(mixed, value)
-    inner = [n for n in (delta.producer(), mixed.producer()) if n is not None]
-    rewriter.replace_uses(value, mixed, only=only, keep=[*keep, *inner])
+    rewriter.replace_uses(value, mixed, only=only, keep=[*nodes, *_identities(value)])
+
+
+def _identities(value: ir.Value) -> list[ir.Node]:
+    """Readers that hand a value on unchanged: the other side of a gate."""
+    return [use.node for use in value.uses() if use.node.op_type == "Identity"]

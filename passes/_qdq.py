@@ -12,8 +12,6 @@ and moves bytes. Bias: int32 in units of s_x s_w; s_w is raised where b / (s_x s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -186,9 +184,10 @@ class Static:
         if not self._known(value):
             raise Skip(f"{value.name!r} was not observed in calibration")
         scale, zero = self._parameters(value)
+        edits = len(self._rewriter.log)
         (q,) = self._rewriter.insert("QuantizeLinear", [value, scale, zero], after=value)
         (dq,) = self._rewriter.insert("DequantizeLinear", [q, scale, zero], after=q.producer())
-        gate(self._rewriter, value, dq, switch, keep=list(_nodes(q)))
+        gate(self._rewriter, value, dq, switch, edits)
 
     # --- values --------------------------------------------------------------------------------
 
@@ -351,9 +350,3 @@ def affine(low: float, high: float) -> tuple[npt.NDArray[np.float32], npt.NDArra
 def _is_dequantized(value: ir.Value) -> bool:
     producer = value.producer()
     return producer is not None and producer.op_type == "DequantizeLinear"
-
-
-def _nodes(quantized: ir.Value) -> Iterator[ir.Node]:
-    producer = quantized.producer()
-    if producer is not None:
-        yield producer

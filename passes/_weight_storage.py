@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.errors import PassError
-from onnxcompress.passes._int8 import WeightOptions, channel_axes, quantize_tensor, weight_indices
+from onnxcompress.passes._int8 import WeightOptions, channel_axes, gate, quantize_tensor, weight_indices
 from onnxcompress.rewrite import Rewriter
 
 __all__ = ["apply", "simulate"]
@@ -70,26 +70,23 @@ def _table(node: ir.Node, value: ir.Value, rewriter: Rewriter, options: WeightOp
 
 
 def simulate(value: ir.Value, rewriter: Rewriter, options: WeightOptions, switch: ir.Value) -> None:
-    """Gates the rounding error of a weight; of a looked-up table, after the lookup."""
-    if value.const_value is None:
+    """Gates the rounding error of a weight: where the switch is on, its readers run on the rounded one."""
+    tensor = value.const_value
+    if tensor is None:
         raise PassError(f"{value.name!r} is not a weight")
-    array = value.const_value.numpy()
     for use in tuple(value.uses()):
-        node = use.node
-        if use.idx not in weight_indices(node):
+        node, index = use.node, use.idx
+        if index not in weight_indices(node):
             continue
-        axes = channel_axes(node, use.idx, array.ndim)
-        quantized, scales = quantize_tensor(value.const_value, axes, options)
-        error = rewriter.constant(np.asarray(quantized * scales - array, np.float32), f"{value.name}_error", like=node)
-        if node.op_type == "Gather":
-            output = node.outputs[0]
-            (rows,) = rewriter.insert(
-                "Gather", [error, node.inputs[1]], {"axis": node.attributes.get_int("axis", 0)}, after=node
-            )
-            (scaled,) = rewriter.insert("Mul", [rows, switch], after=rows.producer())
-            (mixed,) = rewriter.insert("Add", [output, scaled], after=scaled.producer())
-            rewriter.replace_uses(output, mixed, keep=[n for n in [mixed.producer()] if n is not None])
+        quantized, scales = quantize_tensor(tensor, channel_axes(node, index, len(tensor.shape)), options)
+        rounded = np.asarray(quantized * scales, np.float32)
+        restored = rewriter.constant(rounded, f"{value.name}_rounded", like=node)
+        edits = len(rewriter.log)
+        if len(node.outputs) == 1:  # a second node beside the first: the weights need no copy in each run
+            inputs = [restored if i == index else v for i, v in enumerate(node.inputs)]
+            (output,) = rewriter.insert(node.op_type, inputs, attributes=node.attributes, after=node)
+            gate(rewriter, node.outputs[0], output, switch, edits)
         else:
-            (scaled,) = rewriter.insert("Mul", [error, switch], before=node)
-            (mixed,) = rewriter.insert("Add", [value, scaled], before=node)
-            rewriter.set_input(node, use.idx, mixed)
+            (same,) = rewriter.insert("Identity", [restored], before=node)
+            mixed, _ = rewriter.only_if(switch, same, rewriter.nodes_since(edits), value)
+            rewriter.set_input(node, index, mixed)

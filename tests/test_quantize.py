@@ -1015,7 +1015,7 @@ def board(model: ir.Model, terms: list[Term], evidence: Evidence | None = None) 
     copy = models.clone(model)
     rewriter = Rewriter(copy)
     for number, term in enumerate(terms):
-        switch = rewriter.add_input(f"s{number}", ir.DataType.FLOAT, ())
+        switch = rewriter.add_input(f"s{number}", ir.DataType.BOOL, ())
         assert EXACT.simulate(term, rewriter, evidence or Evidence(), TARGET, switch)
     check(copy)
     return copy
@@ -1023,7 +1023,7 @@ def board(model: ir.Model, terms: list[Term], evidence: Evidence | None = None) 
 
 def switched(model: ir.Model, feed: Mapping[str, Array], *on: int) -> dict[str, Array]:
     switches = [v.name for v in model.graph.inputs if str(v.name)[0] == "s" and str(v.name)[1:].isdigit()]
-    return run(model, {**feed, **{str(s): np.array(int(str(s)[1:]) in on, np.float32) for s in switches}})
+    return run(model, {**feed, **{str(s): np.array(int(str(s)[1:]) in on) for s in switches}})
 
 
 CHAIN = """g (float[4, 16] x) => (float[4, 8] y, float[4, 16] m) {
@@ -1110,7 +1110,7 @@ def test_all_terms_of_a_choice_are_its_distortion(mode: str) -> None:
 def test_what_cannot_be_simulated_says_why() -> None:
     model = text("g (float[4, 16] x) => (float[4, 16] y) { t = Sin (x)  y = Cos (t) }")
     rewriter = Rewriter(models.clone(model))
-    switch = rewriter.add_input("s", ir.DataType.FLOAT, ())
+    switch = rewriter.add_input("s", ir.DataType.BOOL, ())
     with pytest.raises(Skip, match="no matrix product reads 't'"):
         EXACT.simulate(Term("dynamic", "t"), rewriter, Evidence(), TARGET, switch)
     with pytest.raises(Skip, match="'t' was not observed"):

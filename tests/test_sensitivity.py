@@ -143,7 +143,8 @@ class Shift(Pass):
             return False
         value = rewriter.value(self.at)
         amount = rewriter.constant(np.array(float(term.subject), np.float32), "amount")
-        (scaled,) = rewriter.insert("Mul", [switch, amount], after=value)
+        (on,) = rewriter.insert("Cast", [switch], {"to": int(ir.DataType.FLOAT)}, after=value)
+        (scaled,) = rewriter.insert("Mul", [on, amount], after=on)
         (mixed,) = rewriter.insert("Add", [value, scaled], after=scaled.producer())
         rewriter.replace_uses(value, mixed, keep=[n for n in [mixed.producer()] if n is not None])
         return True
