@@ -132,7 +132,7 @@ def optimize(
     if output is None:
         job.final(job.result)
     else:
-        files = models.save(job.result, output, protect=_protected(model), check=job.final)
+        files = models.save(job.result, output, protect=models.source_files(original), check=job.final)
     return Result(job.result, job.report(_name_of(model), seed, files), files)
 
 
@@ -448,7 +448,3 @@ def _canonical_copy(model: ir.Model) -> ir.Model:
 
 def _name_of(model: object) -> str:
     return str(model) if isinstance(model, (str, os.PathLike)) else _IN_MEMORY
-
-
-def _protected(model: object) -> tuple[Path, ...]:
-    return (Path(model),) if isinstance(model, (str, os.PathLike)) else ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -130,7 +131,9 @@ def difference(model: ir.Model, reference: Reference, depth: int, noise: Callabl
 
 def pass_options(pass_: Pass) -> dict[str, object]:
     """The options of a pass as plain values."""
-    return {name: _plain(getattr(pass_, name)) for name in getattr(pass_, "__dataclass_fields__", {})}
+    if not dataclasses.is_dataclass(pass_):
+        return {}
+    return {field.name: _plain(getattr(pass_, field.name)) for field in dataclasses.fields(pass_)}
 
 
 def _plain(value: object) -> object:
