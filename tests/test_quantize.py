@@ -1056,7 +1056,7 @@ def test_a_switchboard_is_the_original_and_each_distortion_alone(kind: str, subj
 
 @pytest.mark.parametrize("case", STORED)
 def test_simulated_weights_are_exactly_the_stored_ones(case: str) -> None:
-    """The sum w + (q s - w) is q s to the bit: the difference of neighbours is exact (Sterbenz)."""
+    """To the bit: where a switch is on, readers run on the rounded weight itself."""
     body, weights, shape = STORED[case]
     model, (feed,) = text("g " + body, weights), one_feed(*shape)
     after = made(Quantize(min_weights=1), model, "weights")
