@@ -26,7 +26,7 @@ ModelLike = ir.Model | str | os.PathLike[str]
 def inspect(
     model: ModelLike,
     *,
-    profile: str | Profile = "host-x86-vnni",
+    profile: str | os.PathLike[str] | Profile = "host-x86-vnni",
     shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> ModelCost:
     """Cost of every node of a model on a device.
@@ -40,7 +40,7 @@ def inspect(
         DataError: ``shapes`` names an input the model does not have.
     """
     loaded = _load(model)
-    device = load_profile(profile) if isinstance(profile, str) else profile
+    device = profile if isinstance(profile, Profile) else load_profile(os.fspath(profile))
     bound = _with_shapes(loaded, shapes or {})
     return CostModel(device).model(GraphView(bound), value_shapes(bound, open_data(None, bound).first()))
 

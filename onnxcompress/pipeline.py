@@ -7,11 +7,13 @@ model and the report says why for every site.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib.metadata
 import logging
 import math
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -84,7 +86,7 @@ class Result:
 def optimize(
     model: ir.Model | str | os.PathLike[str],
     *,
-    profile: str | Profile = "host-x86-vnni",
+    profile: str | os.PathLike[str] | Profile = "host-x86-vnni",
     calibration: object = None,
     preprocess: str | None = None,
     budget: Budget | None = None,
@@ -119,21 +121,21 @@ def optimize(
         OnnxCompressError: the branch of the tree in ``errors.py`` says what is wrong.
     """
     budget = budget or Budget()
-    if budget.max_drop is not None and metric is None:
-        raise UsageError("a largest drop needs a metric", hint="pass metric=, or use min_sqnr_db")
-    loaded = load_profile(profile) if isinstance(profile, str) else profile
-    original = models.load(model) if isinstance(model, (str, os.PathLike)) else _canonical_copy(model)
+    _check_call(model, budget, metric, passes)
+    loaded = profile if isinstance(profile, Profile) else load_profile(os.fspath(profile))
+    original = _canonical_copy(model) if isinstance(model, ir.Model) else models.load(model)
     report_progress = progress or (lambda stage, done, total: None)
     report_progress("checking the model", 0, None)
     source = open_data(calibration, original, preprocess=preprocess, limit=samples, seed=seed)
-    job = _Job(original, loaded, source, budget, metric, timing, report_progress)
-    job.run(passes)
-    files: tuple[Path, ...] = ()
-    if output is None:
-        job.final(job.result)
-    else:
-        files = models.save(job.result, output, protect=models.source_files(original), check=job.final)
-    return Result(job.result, job.report(_name_of(model), seed, files), files)
+    with _calm_collector():
+        job = _Job(original, loaded, source, budget, metric, timing, report_progress)
+        job.run(passes)
+        files: tuple[Path, ...] = ()
+        if output is None:
+            job.final(job.result)
+        else:
+            files = models.save(job.result, output, protect=models.source_files(original), check=job.final)
+        return Result(job.result, job.report(_name_of(model), seed, files), files)
 
 
 class _Job:
@@ -297,11 +299,12 @@ class _Job:
                 known = known.joined(self._calibrate(model, missing))
             return known
 
-        def price(terms: Sequence[Term], evidence: Evidence) -> Prices:
-            return self._prices(pass_, model, terms, evidence, noise)
+        def price(terms: Sequence[Term], evidence: Evidence, samples: int) -> Prices:
+            return self._prices(pass_, model, terms, evidence, noise, samples)
 
         rate = BYTES_WORTH * sum(q.seconds for q in questions) / max(1, models.weight_bytes(model))
-        search = Search(model, pass_, questions, values, noise, rate, gather, price, self.check)
+        samples = 1 if self.predicted > _SLOW_SECONDS else 2
+        search = Search(model, pass_, questions, values, noise, rate, gather, price, self.check, samples)
         found = search.by_hand() if by_hand else search.run()
         self.attempts += search.attempts
         self.saved += found.plan.seconds_before - found.plan.seconds
@@ -324,11 +327,13 @@ class _Job:
         self.rewrites.append(PassReport(pass_.name, pass_options(pass_), changed, outcome, found.problem))
         return found.built.model if found.built is not None else model
 
-    def _prices(self, pass_: Pass, model: ir.Model, terms: Sequence[Term], evidence: Evidence, noise: float) -> Prices:
+    def _prices(
+        self, pass_: Pass, model: ir.Model, terms: Sequence[Term], evidence: Evidence, noise: float, samples: int
+    ) -> Prices:
         def tick(done: int, total: int) -> None:
             self.progress("measuring sensitivity", done, total)
 
-        feeds = list(self.calibration.take(1 if self.predicted > _SLOW_SECONDS else 2))
+        feeds = list(self.calibration.take(samples))
         return measure_prices(
             pass_, model, terms, evidence, self.target, feeds, self.names, budget=noise, progress=tick
         )
@@ -355,7 +360,11 @@ class _Job:
         if self.metric is None:
             return None
         with models.temporary_file(model) as path:
-            score = float(self.metric(str(path)))
+            answer = self.metric(str(path))
+        try:
+            score = float(answer)
+        except (TypeError, ValueError):
+            raise UsageError(f"the metric returned {answer!r}", hint="it must return a number") from None
         if not math.isfinite(score):
             raise UsageError(f"the metric returned {score}", hint="it must return a finite number, higher is better")
         return score
@@ -438,6 +447,37 @@ class _Job:
             warnings=(self.source.warning,) if self.source.warning else (),
             versions={p: importlib.metadata.version(p) for p in ("onnxruntime", "onnx", "onnx-ir", "numpy")},
         )
+
+
+@contextlib.contextmanager
+def _calm_collector() -> Iterator[None]:
+    """Lets Python look for reference cycles less often.
+
+    A graph of 5,000 nodes is some 100,000 objects; cloning it a few times makes the collector walk
+    them over and over: a third of the time on an SSD detector.
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, 20, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+def _check_call(model: object, budget: Budget, metric: Metric | None, passes: Sequence[Pass] | None) -> None:
+    if not isinstance(model, (str, os.PathLike, ir.Model)):
+        hint = "onnx_ir.from_proto() makes an ir.Model of a ModelProto; for a gs.Graph see onnxcompress.interop"
+        raise UsageError(f"the model is a {type(model).__name__}, not a path or an onnx_ir.Model", hint=hint)
+    if budget.max_drop is not None and metric is None:
+        raise UsageError("a largest drop needs a metric", hint="pass metric=, or use min_sqnr_db")
+    if budget.max_drop is not None and not 0 <= budget.max_drop <= 1:
+        raise UsageError(f"max_drop is {budget.max_drop}", hint="it is a share of the metric, 0 to 1")
+    if budget.min_sqnr_db is not None and math.isnan(budget.min_sqnr_db):
+        raise UsageError("min_sqnr_db is not a number", hint="give decibels")
+    for pass_ in passes or ():
+        if not isinstance(pass_, Pass):
+            hint = "onnxcompress.registry.parse('quantize{ranges=minmax}') makes one"
+            raise UsageError(f"passes holds {pass_!r}, which is no pass", hint=hint)
 
 
 def _canonical_copy(model: ir.Model) -> ir.Model:
