@@ -26,6 +26,9 @@ __all__ = ["Checked", "Found", "Search"]
 
 _ATTEMPTS = 6
 _ENDLESS = "it puts noise on an output that is otherwise all zeros, or changes its shape"
+_MANY = 8
+_FAR_OFF = 3.0
+"""Real noise this many times the summed prices means the prices were taken on too few samples."""
 _CLOSE = 1.03
 """A plan this much slower than the slowest one that failed is close enough."""
 
@@ -66,8 +69,9 @@ class Search:
         noise: noise power the budget allows at the worst output.
         rate: seconds a byte off the file is worth.
         gather: collects the evidence choices need.
-        price: measures terms.
+        price: measures terms on so many samples.
         check: runs a candidate on held-out data.
+        samples: to price terms on, at first.
         prices: what has been measured.
         impossible: terms that cannot be simulated.
         attempts: every plan that was built.
@@ -80,8 +84,9 @@ class Search:
     noise: float
     rate: float
     gather: Callable[[Sequence[Choice]], Evidence]
-    price: Callable[[Sequence[Term], Evidence], Prices]
+    price: Callable[[Sequence[Term], Evidence, int], Prices]
     check: Callable[[ir.Model], Checked]
+    samples: int = 1
 
     def __post_init__(self) -> None:
         self.prices: dict[Term, float] = {}
@@ -112,11 +117,10 @@ class Search:
             else:
                 problem = checked.problem
                 if limit is math.inf:
-                    self._measure(plan)
+                    plan = self._priced(plan, checked)
                     if self.impossible.keys() & _terms(plan):
                         plan = self._solve(None)
                         continue
-                    plan = replace(plan, price=self._price(plan))
                 out_of_reach = max(out_of_reach, plan.seconds)
                 fails = min(limit, plan.price)
                 limit = self._lower(holds, fails, plan, checked)
@@ -163,7 +167,7 @@ class Search:
         new = sorted(_terms(plan) - known)
         if not new:
             return False
-        found = self.price(new, self.gather(tuple(plan.choices.values())))
+        found = self.price(new, self.gather(tuple(plan.choices.values())), self.samples)
         self.prices.update({t: p for t, p in found.terms.items() if math.isfinite(p)})
         self.impossible.update({t: _ENDLESS for t, p in found.terms.items() if not math.isfinite(p)})
         self.impossible.update(found.impossible)
@@ -172,6 +176,19 @@ class Search:
             for q in self.questions
         ]
         return True
+
+    def _priced(self, plan: Plan, checked: Checked) -> Plan:
+        """A plan that failed, with its price; on more samples where few did not show what it does.
+
+        One sample may hide what another shows: an output that flips between two classes is quiet
+        until it flips.
+        """
+        self._measure(plan)
+        if 10 ** (-checked.min_sqnr_db / 10) > _FAR_OFF * self._price(plan) and self.samples < _MANY:
+            self.samples = _MANY
+            self.prices.clear()
+            self._measure(plan)
+        return replace(plan, price=self._price(plan))
 
     def _price(self, plan: Plan) -> float:
         return sum(self.prices.get(t, 0.0) for t in _terms(plan))

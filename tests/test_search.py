@@ -56,12 +56,14 @@ class World:
 
     Attributes:
         harm: what each choice really does, by "site choice"; a weak one does a tenth.
-        told: factor between truth and the prices measured; by term, or for all.
+        told: factor between truth and the prices measured on few samples; by term, or for all.
+        told_on_many: the same on eight.
         wrong: verdict on a model, given the sites marked on it; by default noise against the budget.
     """
 
     harm: Sequence[float]
     told: float | Mapping[str, float] = 1.0
+    told_on_many: float | Mapping[str, float] = 1.0
     wrong: Callable[[dict[str, str]], str] | None = None
     impossible: Mapping[str, str] = field(default_factory=dict)
     pass_: Mark = field(default_factory=Mark)
@@ -69,6 +71,7 @@ class World:
     checked: list[dict[str, str]] = field(default_factory=list)
     priced: list[str] = field(default_factory=list)
     gathered: list[int] = field(default_factory=list)
+    samples: list[int] = field(default_factory=list)
 
     def truth(self, subject: str) -> float:
         key, name = subject.split()
@@ -78,11 +81,11 @@ class World:
         self.gathered.append(len(choices))
         return Evidence()
 
-    def price(self, terms: Sequence[Term], evidence: Evidence) -> Prices:
+    def price(self, terms: Sequence[Term], evidence: Evidence, samples: int) -> Prices:
         self.priced += [t.subject for t in terms]
-        factor = {
-            t.subject: self.told if isinstance(self.told, float) else self.told.get(t.subject, 1.0) for t in terms
-        }
+        self.samples.append(samples)
+        told = self.told if samples < 8 else self.told_on_many
+        factor = {t.subject: told if isinstance(told, float) else told.get(t.subject, 1.0) for t in terms}
         found = {t: self.truth(t.subject) * factor[t.subject] for t in terms if t.subject not in self.impossible}
         return Prices(found, (), {t: self.impossible[t.subject] for t in terms if t.subject in self.impossible})
 
@@ -155,13 +158,25 @@ def test_the_model_given_is_never_touched() -> None:
 def test_prices_that_are_off_by_a_common_factor(told: float) -> None:
     """The sum is learned from the tries; what is found fits, and is not far from the best."""
     harm = [0.0001, 0.0004, 0.002, 0.004, 0.02, 0.1]
-    world = World(harm, told=told)
+    world = World(harm, told=told, told_on_many=told)
     found = world.search().run()
     assert found.built is not None
     marks = made(found)
     assert sum(world.truth(f"{k} {v}") for k, v in marks.items()) <= NOISE * (1 + 1e-9)
     assert marks["n0"] == marks["n1"] == "strong"
     assert found.plan.seconds < 60 - 9, "more than half of the 15 s that fit"
+
+
+def test_prices_that_missed_the_harm_are_taken_again_on_more_samples() -> None:
+    """On few samples nothing shows; the harmful one flips an output on others only."""
+    harm = [0.001, 0.001, 0.5, 0.001]
+    world = World(harm, told={"n2 strong": 1e-6, "n2 weak": 1e-6})
+    found = world.search().run()
+    assert made(found) == {"n0": "strong", "n1": "strong", "n3": "strong"}
+    assert world.samples[0] < 8 and set(world.samples[1:]) == {8}
+    world = World(harm)
+    assert made(world.search().run()) == made(found)
+    assert 8 not in world.samples, "prices that explain the harm are good enough"
 
 
 def test_nothing_holds() -> None:
@@ -219,7 +234,7 @@ def test_what_cannot_be_measured_is_out() -> None:
 def test_noise_on_silence_is_out_and_the_rest_goes_on(price: float) -> None:
     """An output of zeros has no signal: the price is infinite. Without that choice all the others fit."""
     silent = {"n1 strong": price, "n1 weak": price}
-    world = World([0.003, 1.0, 0.003, 0.003], told=silent)
+    world = World([0.003, 1.0, 0.003, 0.003], told=silent, told_on_many=silent)
     search = world.search()
     found = search.run()
     assert made(found) == {"n0": "strong", "n2": "strong", "n3": "strong"}
@@ -264,7 +279,7 @@ def test_by_hand_makes_the_strongest_everywhere_and_still_checks() -> None:
     st.sampled_from([0.1, 0.5, 1.0, 2.0, 10.0]),
 )
 def test_whatever_is_found_holds_and_is_found_again(harm: list[float], told: float) -> None:
-    world = World(harm, told=told)
+    world = World(harm, told=told, told_on_many=told)
     search = world.search()
     found = search.run()
     assert len(search.attempts) <= 6
@@ -273,6 +288,6 @@ def test_whatever_is_found_holds_and_is_found_again(harm: list[float], told: flo
     if found.built is None:
         assert found.problem
         assert min(harm) * 0.1 > NOISE / 20, "one weak choice that fits with room to spare is found"
-    again = World(harm, told=told).search()
+    again = World(harm, told=told, told_on_many=told).search()
     assert made(again.run()) == made(found)
     assert again.attempts == search.attempts
