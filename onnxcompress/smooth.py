@@ -49,6 +49,7 @@ _MOVES = frozenset(
     {"Cast", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split",
      "Squeeze", "Transpose", "Unsqueeze"}
 )  # fmt: skip
+_PROBABILITIES = frozenset({"LogSoftmax", "Softmax"})
 _NO_TENSOR = frozenset(
     {"Optional", "OptionalGetElement", "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert",
      "SequenceMap", "SplitToSequence", "ZipMap"}
@@ -62,7 +63,9 @@ def observed(view: GraphView) -> tuple[str, ...]:
 
     Graph outputs, except that where an output is DISCRETE (or not floating point), the last SMOOTH
     floating-point values of the main graph it is made of. Such values are followed back through
-    pure movement (Slice, Split, Reshape, ...) to the one they are pieces of. A layer with weights
+    pure movement (Slice, Split, Reshape, ...) to the one they are pieces of. An output that is a
+    Softmax of scores is looked at before it: probabilities hardly move until a class flips, and then
+    they move by all there is, so their SQNR says little about a model and much about one sample. A layer with weights
     that none of these sees (the second stage of a two-stage detector) adds the outputs it leads to.
     Falls back to the graph outputs if there is nothing smooth.
     """
@@ -72,7 +75,7 @@ def observed(view: GraphView) -> tuple[str, ...]:
     seen: set[ir.Value] = set()
     for output in model.graph.outputs:
         if grade.get(output) is Grade.SMOOTH and _is_float(output):
-            found[output] = None
+            found[_scores(output, grade)] = None
         else:
             for value in _frontier(output, grade, seen):
                 found[_whole(value, grade)] = None
@@ -225,6 +228,18 @@ def _whole(value: ir.Value, grade: Grades) -> ir.Value:
         ):
             return value
         value = before
+
+
+def _scores(output: ir.Value, grade: Grades) -> ir.Value:
+    """What a final Softmax was taken of; the output itself where there is none."""
+    value: ir.Value | None = output
+    while value is not None and (producer := value.producer()) is not None:
+        if producer.op_type in _PROBABILITIES and producer.domain in ("", "ai.onnx"):
+            before = producer.inputs[0]
+            smooth = before is not None and grade.get(before) is Grade.SMOOTH and before.producer() is not None
+            return before if before is not None and smooth and _is_float(before) else output
+        value = producer.inputs[0] if producer.op_type in _MOVES and producer.op_type != "Cast" else None
+    return output
 
 
 def _ancestors(values: Iterable[ir.Value]) -> set[ir.Value]:
