@@ -108,7 +108,7 @@ def test_a_whole_model(name: str, done: Callable[[str], tuple[Path, Path, Result
     assert totals.file_bytes == (path.stat().st_size, output.stat().st_size)
     assert totals.zstd_bytes == (file_size(path).zstd, file_size(output).zstd)
     assert totals.file_bytes[0] > 2.7 * totals.file_bytes[1]
-    independent = compare(path, output, held_out(samples))
+    independent = compare(path, output, held_out(samples), [o.name for o in totals.comparison.outputs])
     assert totals.comparison.samples == len(held_out(samples)) == independent.samples
     assert totals.comparison.min_sqnr_db == pytest.approx(independent.min_sqnr_db, abs=0.1)
     assert independent.min_sqnr_db >= 20
@@ -634,6 +634,20 @@ def test_where_everything_measures_slower_the_input_stays(monkeypatch: pytest.Mo
     assert result.report.totals.latency is None
     assert result.report.totals.predicted_ms[0] == result.report.totals.predicted_ms[1]
     assert result.report.outcome == "no rewrite pays; the input model is kept"
+
+
+def test_what_is_asked_for_by_hand_and_measures_slower_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else is tried instead; the prediction is that of the model which is handed back."""
+    result, measured = timed(
+        monkeypatch,
+        lambda model: 0.5 if {n.op_type for n in model.graph} & QUANTIZED_OPS else 1.0,
+        passes=[Quantize(modes=("dynamic",))],
+    )
+    consistent(result)
+    assert measured == ["int8", "int8", "float"]
+    assert sites(result) == 0
+    assert result.report.outcome == "no rewrite pays; the model is normalised only"
+    assert result.report.totals.predicted_ms[0] == result.report.totals.predicted_ms[1]
 
 
 def test_nothing_is_timed_for_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:

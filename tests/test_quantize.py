@@ -24,6 +24,7 @@ from models import TARGET, Array, Feeds, check, fused, learn, made, normal, ops,
 from onnxcompress import model as models
 from onnxcompress.base import Choice, Site, Skip, Skipped, Term
 from onnxcompress.errors import PassError
+from onnxcompress.passes._qdq import affine
 from onnxcompress.passes.quantize import Quantize
 from onnxcompress.rewrite import Rewriter
 from onnxcompress.statistics import Evidence, RangeMethod
@@ -519,6 +520,16 @@ def test_zero_is_exact_whatever_the_range() -> None:
     assert constant(after, "x_zero_point") == 255
 
 
+@pytest.mark.parametrize(("low", "high"), [(2.0, 5.0), (-5.0, -2.0), (-1.0, 3.0), (0.0, 0.0), (0.0, 1e-44)])
+def test_scale_and_zero_point_of_a_range(low: float, high: float) -> None:
+    """The range is widened to hold zero, which is then exact; both ends are within half a step."""
+    scale, zero = affine(low, high)
+    assert scale.shape == zero.shape == () and scale.dtype == np.float32 and zero.dtype == np.uint8
+    for value in (low, high, 0.0):
+        restored = (np.clip(np.rint(value / scale) + zero, 0, 255) - zero) * scale
+        assert abs(restored - value) <= (scale / 2 * (1 + 1e-6) if value else 0)
+
+
 @pytest.mark.parametrize("mode", ["weights", "dynamic", "static"])
 def test_seven_bit_targets_keep_weights_within_63(mode: str) -> None:
     model = text(MATMUL, {"w": normal(0, 16, 32)[:, :8] * 3})
@@ -529,6 +540,19 @@ def test_seven_bit_targets_keep_weights_within_63(mode: str) -> None:
     after = made(Quantize(min_weights=1), model, mode, one_feed(4, 16))
     assert max(np.abs(v.const_value.numpy().astype(int)).max() for v in after.graph.initializers.values()
                if v.dtype == ir.DataType.INT8 and v.const_value is not None) == 127  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["weights", "dynamic", "static"])
+def test_weights_beyond_their_range_are_clipped_to_it(mode: str) -> None:
+    """A range chosen by error leaves out one weight in 2048; with 4 bits the integers end at 7, not at 127."""
+    w = normal(0, 2048, 8)
+    w[0] = 8
+    model = text("g (float[4, 2048] x) => (float[4, 8] y) { y = MatMul (x, w) }", {"w": w})
+    target = Target("coarse", weight_bits=4)
+    after = made(Quantize(weight_ranges=RangeMethod.MSE), model, mode, one_feed(4, 2048), target)
+    assert np.all(constant(after, "w_scale") < 0.9 * 8 / 7), "it is narrower"
+    weight = constant(after, "w_int8" if mode == "weights" else "w_quantized")
+    assert np.abs(weight.astype(int)).max() == 7
 
 
 def test_bias_correction_takes_the_mean_error_out() -> None:

@@ -179,6 +179,18 @@ def test_prices_that_missed_the_harm_are_taken_again_on_more_samples() -> None:
     assert 8 not in world.samples, "prices that explain the harm are good enough"
 
 
+def test_the_limit_moves_up_again_where_it_was_too_careful() -> None:
+    """The worst site is told at half its harm, so the common factor is too low for the others."""
+    half = {"n0 strong": 0.5, "n0 weak": 0.5}
+    world = World([0.05, 0.004, 0.004], told=half, told_on_many=half)
+    search = world.search()
+    found = search.run()
+    accepted = [a.predicted_ms for a in search.attempts if a.verdict == "accepted"]
+    assert len(accepted) > 1
+    assert 1e3 * found.plan.seconds == pytest.approx(min(accepted))
+    assert min(accepted) < accepted[0]
+
+
 def test_nothing_holds() -> None:
     """It stops, with the reason of the last try, and says what was tried."""
     world = World([0.001] * 4, wrong=lambda marks: f"{len(marks)} are too many")
