@@ -22,6 +22,7 @@ import onnx_ir as ir
 
 from onnxcompress import model as models
 from onnxcompress import registry
+from onnxcompress.alone import ALONE, Effect, effect, measure_alone
 from onnxcompress.base import KEEP, Choice, Pass, Stage, Term
 from onnxcompress.calibrate import calibrate, value_shapes
 from onnxcompress.cost import CostModel
@@ -277,7 +278,15 @@ class _Job:
             self.rewrites.append(PassReport(pass_.name, pass_options(pass_), 0, "nothing to do", ""))
             self.sites += explain(pass_, offer, (), Plan({}, 0, 0, 0), Plan({}, 0, 0, 0), {}, {}, {}, view, (), "")
             return model
-        questions, values, missing = ask(offer, view, self.cost, self.shapes)
+        before, feed = self.cost.model(view, self.shapes).seconds, self.calibration.first()
+
+        def alone(choice: Choice) -> Effect | None:
+            needs = set(pass_.needs(choice, view))
+            evidence = self._calibrate(model, needs, first=_FEW)
+            return effect(model, pass_, choice, evidence, self.cost, feed, before)
+
+        questions, values, missing = ask(offer, view, self.cost, self.shapes, alone)
+        by_term = {t: o.choice for q in questions for o in q.options for t in o.choice.terms if t.kind == ALONE}
         floor = self.budget.min_sqnr_db
         noise = 10 ** (-(DEFAULT_MIN_SQNR_DB if floor is None else floor) / 10)
 
@@ -300,7 +309,10 @@ class _Job:
             return known
 
         def price(terms: Sequence[Term], evidence: Evidence, samples: int) -> Prices:
-            return self._prices(pass_, model, terms, evidence, noise, samples)
+            feeds = list(self.calibration.take(samples))
+            whole = {t: by_term[t] for t in terms if t in by_term}
+            prices = self._prices(pass_, model, [t for t in terms if t not in whole], evidence, noise, feeds)
+            return prices.joined(measure_alone(model, pass_, whole, evidence, feeds, self.names)) if whole else prices
 
         rate = BYTES_WORTH * sum(q.seconds for q in questions) / max(1, models.weight_bytes(model))
         samples = 1 if self.predicted > _SLOW_SECONDS else 2
@@ -328,12 +340,17 @@ class _Job:
         return found.built.model if found.built is not None else model
 
     def _prices(
-        self, pass_: Pass, model: ir.Model, terms: Sequence[Term], evidence: Evidence, noise: float, samples: int
+        self,
+        pass_: Pass,
+        model: ir.Model,
+        terms: Sequence[Term],
+        evidence: Evidence,
+        noise: float,
+        feeds: Sequence[Feed],
     ) -> Prices:
         def tick(done: int, total: int) -> None:
             self.progress("measuring sensitivity", done, total)
 
-        feeds = list(self.calibration.take(samples))
         return measure_prices(
             pass_, model, terms, evidence, self.target, feeds, self.names, budget=noise, progress=tick
         )

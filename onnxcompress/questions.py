@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
+from onnxcompress.alone import Effect, with_terms
 from onnxcompress.base import KEEP, Choice, Pass, Precision, Site, Skip, Skipped, Term
 from onnxcompress.cost import CostModel
 from onnxcompress.planner import Option, Plan, Question, ValueCost
@@ -48,7 +49,7 @@ def offers(pass_: Pass, view: GraphView, target: Target, *, synthetic: bool, flo
             skipped.append(site)
             continue
         try:
-            found = tuple(pass_.choices(site, view, target))
+            found = with_terms(pass_.choices(site, view, target))
         except Skip as skip:
             skipped.append(Skipped(site.key, skip.reason))
             continue
@@ -64,9 +65,16 @@ def offers(pass_: Pass, view: GraphView, target: Target, *, synthetic: bool, flo
 
 
 def ask(
-    offer: Offer, view: GraphView, cost: CostModel, shapes: Mapping[str, tuple[int, ...]]
+    offer: Offer,
+    view: GraphView,
+    cost: CostModel,
+    shapes: Mapping[str, tuple[int, ...]],
+    effect: Callable[[Choice], Effect | None],
 ) -> tuple[list[Question], dict[str, ValueCost], dict[str, str]]:
     """Prices every choice in seconds.
+
+    Args:
+        effect: makes a choice on a clone, for those whose gain nothing else tells.
 
     Returns:
         Questions for the planner; conversion costs by value; by site key, why a choice was left
@@ -82,6 +90,13 @@ def ask(
         options: list[Option] = []
         for choice in choices:
             after: float | None = seconds
+            if choice.effects and choice.precision == Precision.FLOAT:
+                change = effect(choice)
+                if change is None:
+                    missing[site.key] = f"{choice.name} cannot be made, or the result does not run"
+                    continue
+                options.append(Option(replace(choice, bytes_saved=change.bytes_saved), seconds + change.seconds))
+                continue
             if choice.precision != Precision.FLOAT:
                 after = here.node(work_of(view, node, shapes), choice.precision)
             if after is None:

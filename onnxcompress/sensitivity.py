@@ -49,6 +49,12 @@ class Prices:
     shared: tuple[tuple[Term, ...], ...]
     impossible: Mapping[Term, str]
 
+    def joined(self, other: Prices) -> Prices:
+        """The terms of both."""
+        return Prices(
+            {**self.terms, **other.terms}, (*self.shared, *other.shared), {**self.impossible, **other.impossible}
+        )
+
 
 def measure_prices(
     pass_: Pass,

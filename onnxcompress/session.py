@@ -48,6 +48,8 @@ class Runner:
         outputs: names of values to return; graph outputs or values of the main graph. By default
             the graph's outputs.
         optimize: let onnxruntime fuse and fold; off it runs the graph node by node.
+        spinning: its idle threads wait for work by spinning. That is the faster way on idle cores, and
+            the slower one where other threads of ours could use them.
 
     Raises:
         ModelRunError: onnxruntime cannot load it, or a name in ``outputs`` is not there.
@@ -60,10 +62,11 @@ class Runner:
         threads: int | None = None,
         outputs: Collection[str] | None = None,
         optimize: bool = True,
+        spinning: bool = True,
     ) -> None:
         self.threads = threads or _available_cores()
         self.path = source(model) if isinstance(model, ir.Model) else Path(model)
-        self._model, self._optimize = model, optimize
+        self._model, self._optimize, self._spinning = model, optimize, spinning
         self._session, count = self._open(model, outputs or (), optimize)
         types = {o.name: o.type for o in self._session.get_outputs()}
         self.ends: tuple[str, ...] = tuple(types)[:count]
@@ -106,7 +109,9 @@ class Runner:
 
     def showing(self, outputs: Collection[str]) -> Runner:
         """The same model with other outputs, in a session of its own."""
-        return Runner(self._model, threads=self.threads, outputs=outputs, optimize=self._optimize)
+        return Runner(
+            self._model, threads=self.threads, outputs=outputs, optimize=self._optimize, spinning=self._spinning
+        )
 
     def _open(
         self, model: ir.Model | str | os.PathLike[str], extra: Collection[str], optimize: bool
@@ -132,6 +137,8 @@ class Runner:
         options.log_severity_level = 4  # what it raises says it all
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
+        if not self._spinning:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
