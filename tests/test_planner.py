@@ -1,4 +1,4 @@
-"""The plan is the cheapest one inside the budget: known answers, and brute force over all plans."""
+"""The plan is the cheapest one inside the budget: known answers, brute force over all plans, and real graphs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,16 @@ from dataclasses import dataclass, replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import Array, made, normal, text
 
 from onnxcompress.base import Choice, Site, Term
+from onnxcompress.calibrate import value_shapes
+from onnxcompress.cost import CostModel
+from onnxcompress.passes.quantize import Quantize
 from onnxcompress.planner import Option, Plan, Question, ValueCost, solve
+from onnxcompress.profile import load_profile
+from onnxcompress.questions import ask, offers
+from onnxcompress.view import GraphView
 
 LEAST = 2e-4
 """Share of the model's time a rewrite must save: the planner's own figure, restated."""
@@ -311,3 +318,86 @@ def test_no_plan_is_better(problem: Problem) -> None:
     total = sum(q.seconds for q in problem.questions)
     assert found.seconds == pytest.approx(objective + problem.rate * saved - LEAST * total * made)
     assert found == plan(problem.questions, problem.values, problem.prices, problem.budget, problem.rate)
+
+
+# --- questions from a graph --------------------------------------------------------------------
+
+NET = """g (float[1, 32, 28, 28] x) => (float[1, 32, 28, 28] y, float[1, 32, 28, 28] z) {
+  c = Conv <pads = [1, 1, 1, 1]> (x, w)  a = Relu (c)
+  z = Sin (a)
+  y = Conv <pads = [1, 1, 1, 1]> (a, v)
+}"""
+SHAPE = (1, 32, 28, 28)
+
+
+def asked(body: str, weights: Mapping[str, Array]) -> tuple[GraphView, list[Question], dict[str, ValueCost], CostModel]:
+    view = GraphView(text(body, weights))
+    profile = load_profile("host-x86-vnni")
+    cost = CostModel(profile)
+    offer = offers(Quantize(), view, profile.target(), synthetic=False)
+    questions, values, missing = ask(offer, view, cost, shapes_of(view), lambda choice: None)
+    assert not missing
+    return view, questions, values, cost
+
+
+def shapes_of(view: GraphView) -> dict[str, tuple[int, ...]]:
+    return value_shapes(view.model, {"x": normal(0, *SHAPE)})
+
+
+CONVOLUTIONS = {"w": normal(0, 32, 32, 3, 3), "v": normal(1, 32, 32, 3, 3)}
+
+
+def test_who_reads_a_value_as_float() -> None:
+    """Sin and the end of the model do, whatever is chosen; a convolution only if it stays float."""
+    _, questions, values, _ = asked(NET, CONVOLUTIONS)
+    assert [(q.site.key, q.site.nodes) for q in questions] == [("node", ("node", "node_1")), ("node_3", ("node_3",))]
+    assert {n: (v.float_reader, v.readers) for n, v in values.items()} == {
+        "x": (False, ("node",)),
+        "a": (True, ("node_3",)),
+        "y": (True, ()),
+    }
+    assert all(v.quantize > 0 and v.dequantize > 0 for v in values.values())
+
+
+@pytest.mark.parametrize("left_out", [(), ("node",), ("node_3",)])
+def test_a_plan_costs_what_its_graph_costs(left_out: tuple[str, ...]) -> None:
+    """Predicted from questions, and counted on the rewritten graph.
+
+    A little more is saved than foretold: beforehand every conversion of a map counts as changing
+    its layout, on the graph only those do that stand beside a convolution.
+    """
+    view, questions, values, cost = asked(NET, CONVOLUTIONS)
+    only = [
+        Question(
+            q.site,
+            q.seconds,
+            ()
+            if q.site.key in left_out
+            else tuple(Option(o.choice, o.seconds - 1) for o in q.options if o.choice.name == "static"),
+        )
+        for q in questions
+    ]  # a second cheaper, so that it is chosen
+    found = plan(only, values)
+    assert len(found.choices) == 2 - len(left_out)
+    made_up = [{"x": normal(i, *SHAPE)} for i in range(2)]
+    after = made(Quantize(), view.model, dict.fromkeys(found.choices, "static"), made_up)
+    before, real = (cost.model(v, shapes_of(v)).seconds for v in (view, GraphView(after)))
+    predicted = found.seconds_before - found.seconds - len(found.choices)
+    assert predicted <= before - real <= 1.15 * predicted
+
+
+def test_without_real_data_only_what_needs_none_is_offered() -> None:
+    view = GraphView(text(NET, CONVOLUTIONS))
+    target = load_profile("host-x86-vnni").target()
+    real, made_up, plain = (
+        offers(Quantize(), view, target, synthetic=s, float_only=f)
+        for s, f in ((False, False), (True, False), (False, True))
+    )
+    assert {c.name for cs in real.choices.values() for c in cs} == {"weights", "static"}
+    assert {c.name for cs in made_up.choices.values() for c in cs} == {"weights"}
+    assert {c.name for cs in plain.choices.values() for c in cs} == {"weights"}
+    ranges = offers(Quantize(modes=("static",)), view, target, synthetic=True)
+    assert not ranges.choices
+    assert {s.reason for s in ranges.skipped if s.key != "node_2"} == {
+        "it needs ranges from real data, and there is no calibration data"
+    }
