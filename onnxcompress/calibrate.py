@@ -7,7 +7,7 @@ therefore the histogram one would have built knowing the final range, in whateve
 came. Minimum and maximum are over all elements; counts over a strided subsample whose stride has no
 common factor with the tensor's size, so that no axis is favoured.
 
-**Moments.** Sums in float32 over blocks of at most 8192 terms, added up in float64.
+**Moments.** Sums in float32 over blocks of at most 4096 terms, added up in float64.
 
 **Threads.** onnxruntime runs a sample while threads of this module count the one before; samples are
 counted in order, and each accumulator by one thread at a time, so the result does not depend on timing.
@@ -42,7 +42,7 @@ BINS = 4096
 """Bins of a histogram; between half and all of them span the range seen."""
 
 _ROWS = 1024
-_COLUMNS = 8192
+_COLUMNS = 4096
 _COUNTED = 1 << 19
 _LEAST_COUNTED = 2048
 _COUNTERS = 2
