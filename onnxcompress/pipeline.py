@@ -157,6 +157,8 @@ class _Job:
         self.cost = CostModel(profile)
         self.budget, self.metric, self.progress = budget, metric, progress
         self.timing = timing and profile.device.is_here()
+        for done, _ in enumerate(source):  # every sample is checked before any work is done on some
+            self.progress("reading the data", done + 1, len(source))
         self.calibration, holdout = source.split()
         self.names = observed(GraphView(original))
         self.holdout: list[Feed] = list(holdout.take(_HOLDOUT_LIMIT))

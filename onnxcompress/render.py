@@ -9,19 +9,21 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from onnxcompress.cost import ModelCost, NodeCost
-from onnxcompress.models_zoo import ZooModel
-from onnxcompress.profile import Profile
 from onnxcompress.report import Attempt, Comparison, Latency, Report, SiteReport
-from onnxcompress.sizes import FileSize
 from onnxcompress.tables import amount, columns, decibel, milliseconds, plural, ratio, section, size, some, used_columns
+
+if TYPE_CHECKING:  # what is shown is not needed for showing it, and takes a second to import
+    from onnxcompress.cost import ModelCost, NodeCost
+    from onnxcompress.models_zoo import ZooModel
+    from onnxcompress.profile import Profile
+    from onnxcompress.sizes import FileSize
 
 __all__ = ["SiteGroup", "collapse", "comparison", "cost", "passes", "profile", "profiles", "report", "zoo"]
 
@@ -77,7 +79,7 @@ def _totals(what: Report) -> Table:
     t = what.totals
     rows = [
         ("file", size(t.file_bytes[0]), size(t.file_bytes[1]), ratio(*t.file_bytes, "smaller", "larger")),
-        ("file, zstd -9", size(t.zstd_bytes[0]), size(t.zstd_bytes[1]), ratio(*t.zstd_bytes, "smaller", "larger")),
+        ("file, zstd -3", size(t.zstd_bytes[0]), size(t.zstd_bytes[1]), ratio(*t.zstd_bytes, "smaller", "larger")),
         (
             "predicted",
             milliseconds(t.predicted_ms[0]),
@@ -261,7 +263,7 @@ def comparison(
     if sizes is not None:
         for name, a, b in (
             ("file", sizes[0].raw, sizes[1].raw),
-            ("file, zstd -9", sizes[0].zstd, sizes[1].zstd),
+            ("file, zstd -3", sizes[0].zstd, sizes[1].zstd),
         ):
             totals.append((name, size(a), size(b), ratio(a, b, "smaller", "larger")))
     if latency is not None:

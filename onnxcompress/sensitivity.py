@@ -22,6 +22,7 @@ import onnx_ir as ir
 from onnxcompress import model as models
 from onnxcompress.base import Pass, Skip, Term
 from onnxcompress.data import Feed
+from onnxcompress.errors import ModelRunError
 from onnxcompress.rewrite import Rewriter
 from onnxcompress.session import Runner
 from onnxcompress.statistics import Evidence
@@ -125,9 +126,15 @@ class _Board:
         board, self.switches, self.impossible = _switchboard(pass_, model, terms, evidence, target)
         self._feeds = feeds
         self._off = {name: np.zeros((), np.bool_) for name in self.switches.values()}
-        if self.switches:
+        if not self.switches:
+            return
+        try:
             self._runner = Runner(board, outputs=_present(board, names))
             self._references = [self._runner.run({**feed, **self._off}) for feed in feeds]
+        except ModelRunError as error:  # then nothing can be said about any of them
+            reason = f"its noise cannot be measured: {error.message}"
+            self.impossible = {**self.impossible, **dict.fromkeys(self.switches, reason)}
+            self.switches = {}
 
     def noise(self, on: Sequence[Term]) -> float:
         """Noise power over signal power at the worst output with these terms switched on."""

@@ -5,6 +5,7 @@ Symmetric weights: w ~ s q with q in [-Q, Q], Q = 2^(bits-1) - 1, one s per outp
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,6 +103,9 @@ def quantize_tensor(
     key = f"onnxcompress.int8.{axes}.{options}"
     if key not in tensor.meta:
         tensor.meta[key] = quantize_weight(tensor.numpy(), axes, options)
+        if isinstance(tensor, ir.ExternalTensor):  # or every page of the file stays in memory
+            with contextlib.suppress(BufferError):  # somebody else is reading it: it stays mapped
+                tensor.release()
     quantized, scales = tensor.meta[key]
     return quantized, scales
 

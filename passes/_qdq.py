@@ -129,10 +129,17 @@ def _origin(value: ir.Value) -> ir.Value:
     """Walks up through operators that only move values, and through Q/DQ pairs, to who sets the scale."""
     while (producer := value.producer()) is not None:
         upstream = producer.inputs[0] if producer.inputs else None
-        if upstream is None or producer.op_type not in _MOVES or upstream.is_initializer():
+        if upstream is None or not _only_moves(producer) or upstream.is_initializer():
             return value
         value = upstream
     return value
+
+
+def _only_moves(node: ir.Node) -> bool:
+    """Whether every element of the output is one of the input, so that both share a scale."""
+    if node.op_type == "Resize":  # linear mixes neighbours, cubic overshoots them
+        return node.attributes.get_string("mode", "nearest") == "nearest"
+    return node.op_type in _MOVES
 
 
 def _shape(view: GraphView, value: ir.Value | None) -> tuple[int, ...]:

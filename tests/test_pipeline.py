@@ -677,3 +677,13 @@ def test_fewer_samples_where_asked() -> None:
 def test_one_sample_is_calibrated_and_checked_on_and_the_report_says_so() -> None:
     result = optimize(block(), block_feeds(1))
     assert any("one sample" in n for n in result.report.notes)
+
+
+def test_every_sample_is_checked_even_if_no_plan_reads_it() -> None:
+    """Weights need no ranges, so the broken sample would never be calibrated on; nor is it held out."""
+    graph = "g (float[4,8] x) => (float[4,8] y) { y = MatMul (x, w) }"
+    model = text(graph, {"w": np.eye(8, dtype=np.float32)})
+    samples = [{"x": normal(i, 4, 8)} for i in range(8)]
+    samples[1]["x"] = samples[1]["x"] * np.nan
+    with pytest.raises(onnxcompress.errors.DataError, match="sample 1"):
+        optimize(model, samples, passes=[Quantize(modes=("weights",))])
