@@ -8,15 +8,19 @@ print(result.report.totals)
 
 from __future__ import annotations
 
-from onnxcompress.base import Choice, Pass, Precision, Site, Skip, Skipped, Stage, Term
-from onnxcompress.errors import OnnxCompressError
-from onnxcompress.inspection import compare, inspect, verify
-from onnxcompress.pipeline import Result, optimize
-from onnxcompress.report import Budget, Report
-from onnxcompress.rewrite import Rewriter
-from onnxcompress.statistics import Evidence, Need, Statistic
-from onnxcompress.target import Target
-from onnxcompress.view import GraphView
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from onnxcompress.base import Choice, Pass, Precision, Site, Skip, Skipped, Stage, Term
+    from onnxcompress.errors import OnnxCompressError
+    from onnxcompress.inspection import compare, inspect, verify
+    from onnxcompress.pipeline import Result, optimize
+    from onnxcompress.report import Budget, Report
+    from onnxcompress.rewrite import Rewriter
+    from onnxcompress.statistics import Evidence, Need, Statistic
+    from onnxcompress.target import Target
+    from onnxcompress.view import GraphView
 
 __all__ = [
     "Budget",
@@ -44,3 +48,32 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+# Names are loaded when they are first asked for (PEP 562): the whole takes a second to import,
+# and most commands need little of it.
+_HOMES = {
+    "base": ("Choice", "Pass", "Precision", "Site", "Skip", "Skipped", "Stage", "Term"),
+    "errors": ("OnnxCompressError",),
+    "inspection": ("compare", "inspect", "verify"),
+    "pipeline": ("Result", "optimize"),
+    "report": ("Budget", "Report"),
+    "rewrite": ("Rewriter",),
+    "statistics": ("Evidence", "Need", "Statistic"),
+    "target": ("Target",),
+    "view": ("GraphView",),
+}
+
+
+if not TYPE_CHECKING:  # or a type checker would take any name for granted
+
+    def __getattr__(name: str) -> object:
+        for home, names in _HOMES.items():
+            if name in names:
+                found = getattr(import_module(f"{__name__}.{home}"), name)
+                globals()[name] = found
+                return found
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

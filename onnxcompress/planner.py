@@ -22,8 +22,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 from onnxcompress.base import Choice, Site, Term
 from onnxcompress.errors import OnnxCompressError
@@ -112,6 +110,10 @@ class _Program:
         self._high.append(high)
 
     def solve(self) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        # here, for scipy.optimize takes a third of a second to import and only a plan needs it
+        from scipy.optimize import Bounds, LinearConstraint, milp
+        from scipy.sparse import csr_array
+
         cost = np.asarray(self.cost)
         scale = float(np.abs(cost).max(initial=0.0)) or 1.0
         rows, columns, values = zip(*self._rows, strict=True)

@@ -14,12 +14,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import onnx_ir as ir
 
-from onnxcompress.view import GraphView
+if TYPE_CHECKING:  # profiles need the kinds, and not onnx-ir, which takes half a second to import
+    import onnx_ir as ir
+
+    from onnxcompress.view import GraphView
 
 __all__ = ["FAMILY", "KINDS", "NodeWork", "Shapes", "is_constant", "kinds_of", "work_of"]
 
