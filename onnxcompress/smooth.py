@@ -20,7 +20,7 @@ from enum import IntEnum
 
 import onnx_ir as ir
 
-from onnxcompress.view import GraphView
+from onnxcompress.view import GraphView, body_nodes
 
 __all__ = ["Grade", "grades", "observed"]
 
@@ -197,20 +197,11 @@ def _frontier(value: ir.Value, grade: Grades, seen: set[ir.Value]) -> Iterator[i
 def _sources(node: ir.Node) -> Iterator[ir.Value]:
     """What a node reads, captured values included."""
     yield from (v for v in node.inputs if v is not None)
-    for inner in _inner(node):
+    for inner in body_nodes(node):
         for value in inner.inputs:
             producer = value.producer() if value is not None else None
             if value is not None and producer is not None and producer.graph is node.graph:
                 yield value
-
-
-def _inner(node: ir.Node) -> Iterator[ir.Node]:
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield from attribute.as_graph().all_nodes()
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            for graph in attribute.as_graphs():
-                yield from graph.all_nodes()
 
 
 def _whole(value: ir.Value, grade: Grades) -> ir.Value:

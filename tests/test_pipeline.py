@@ -17,7 +17,7 @@ import pytest
 from models import Array, fused, normal, ops, proto_of, run, text
 
 import onnxcompress
-from onnxcompress import Budget, Result, pipeline
+from onnxcompress import Budget, Result, job
 from onnxcompress import model as models
 from onnxcompress.base import KEEP, Choice, Pass, Site, Skip, Skipped, Stage
 from onnxcompress.errors import OutputError, PassContractError, UsageError
@@ -599,7 +599,7 @@ def timed(
         measured.append("int8" if {n.op_type for n in after.graph} & QUANTIZED_OPS else "float")
         return Latency(1.0, 1.0 / speed(after), speed(after), 10, 1)
 
-    monkeypatch.setattr(pipeline, "measure", measure)
+    monkeypatch.setattr(job, "measure", measure)
     monkeypatch.setattr(type(load_profile(PROFILE).device), "is_here", lambda self: True)
     return onnxcompress.optimize(block(), profile=PROFILE, calibration=block_feeds(), **options), measured
 
@@ -651,7 +651,7 @@ def test_what_is_asked_for_by_hand_and_measures_slower_is_dropped(monkeypatch: p
 
 
 def test_nothing_is_timed_for_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "measure", lambda *a, **k: pytest.fail("timed"))
+    monkeypatch.setattr(job, "measure", lambda *a, **k: pytest.fail("timed"))
     monkeypatch.setattr(type(load_profile(PROFILE).device), "is_here", lambda self: False)
     result = onnxcompress.optimize(block(), profile="cortex-a53", calibration=block_feeds())
     assert result.report.totals.latency is None
