@@ -8,6 +8,7 @@ print(result.report.totals)
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,10 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+# onnxruntime reports to its maker about every model it loads, and keeps files for that, unless this
+# is set before it is imported. Whoever wants it sets the variable to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # Names are loaded when they are first asked for (PEP 562): the whole takes a second to import,
 # and most commands need little of it.

@@ -19,6 +19,9 @@ from onnxcompress.model import clone, serialize, source, temporary_file, weight_
 
 __all__ = ["Runner", "exposed", "main_values"]
 
+if os.environ.get("ORT_DISABLE_TELEMETRY") != "0":
+    ort.disable_telemetry_events()  # if it was imported before us, the variable came too late for it
+
 _IN_MEMORY = 256_000_000
 """Bytes of weights up to which a model is handed to onnxruntime as bytes and not as a file."""
 

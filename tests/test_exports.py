@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,3 +59,31 @@ def test_small_commands_import_none_of_the_large_libraries(arguments: list[str])
 def test_importing_the_planner_does_not_import_the_solver() -> None:
     script = "import sys, onnxcompress.planner\nsys.exit('scipy.optimize' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("wanted", [None, "0"])
+def test_onnxruntime_reports_to_nobody_unless_the_user_says_so(wanted: str | None, tmp_path: Path) -> None:
+    """Its telemetry leaves files where it is on; what it does on CI is its own affair, so that is hidden."""
+    script = (
+        "import os, onnxcompress.session\n"
+        "print(os.environ['ORT_DISABLE_TELEMETRY'])\n"
+        "import onnx_ir as ir\n"
+        'model = ir.from_onnx_text(\'<ir_version: 8, opset_import: ["": 17]> '
+        "net (float[2] x) => (float[2] y) { y = Relu (x) }')\n"
+        "onnxcompress.session.Runner(model)\n"
+    )
+    hidden = {"CI", "GITHUB_ACTIONS", "ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS"}
+    environment = {k: v for k, v in os.environ.items() if k not in hidden}
+    environment |= {name: str(tmp_path) for name in ("TMPDIR", "HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME")}
+    if wanted is not None:
+        script = script.partition("import onnx_ir")[
+            0
+        ]  # only that it is left as it was: nothing must be sent from a test
+        script = script.replace("onnxcompress.session", "onnxcompress")
+        environment["ORT_DISABLE_TELEMETRY"] = wanted
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == (wanted or "1")
+    assert list(tmp_path.rglob("*")) == []
