@@ -112,7 +112,7 @@ class Source:
         return self._with(rest), self._with(tuple(s for s in self._samples if s in held))
 
     def cached(self) -> Source:
-        """The same feeds, read and checked once: in memory up to 64 MB, on disk beyond."""
+        """The same feeds, read and checked once: in memory while small, on disk beyond."""
         if isinstance(self._origin, Spool):
             return self
         spool = Spool()

@@ -42,10 +42,11 @@ class Origin(Protocol):
 class Spool:
     """A growing list of feeds (or outputs): in memory up to ``limit`` bytes, on disk beyond.
 
-    The files are deleted with the object.
+    The limit is small beside what onnxruntime takes, so that many samples need no more memory than few;
+    files just written are read from the system's cache. They are deleted with the object.
     """
 
-    def __init__(self, limit: int = 16 << 20) -> None:
+    def __init__(self, limit: int = 8 << 20) -> None:
         self._limit = limit
         self._used = 0
         self._memory: list[dict[str, Any]] = []
