@@ -61,6 +61,11 @@ REPORT = Report(
 )
 
 
+@pytest.fixture(autouse=True)
+def no_width_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 def text(report: Report, **options: bool) -> str:
     buffer = io.StringIO()
     tables.show(render.report(report, **options), buffer)  # type: ignore[arg-type]
