@@ -51,7 +51,7 @@ Progress = Callable[[str, int, int | None], None]
 DEFAULT_MIN_SQNR_DB = 20.0
 """Worst output keeps a tenth of its amplitude as error at most; see docs/decisions.md for how it was set."""
 
-BYTES_WORTH = 0.25
+BYTES_WORTH = 0.5
 """All weight bytes together are worth this share of the model's time."""
 
 _SLOW_SECONDS = 0.01

@@ -18,7 +18,11 @@ Exact prices being unknown beforehand, the pipeline checks the plan on the real 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -118,16 +122,40 @@ class _Program:
         scale = float(np.abs(cost).max(initial=0.0)) or 1.0
         rows, columns, values = zip(*self._rows, strict=True)
         matrix = csr_array((values, (rows, columns)), shape=(len(self._low), len(cost)))
-        result = milp(
-            cost / scale,
-            integrality=np.asarray(self.integer),
-            bounds=Bounds(0, 1),
-            constraints=LinearConstraint(matrix, self._low, self._high),
-            options={"mip_rel_gap": _GAP, "node_limit": _NODES},
-        )
+        with _stdout_kept_clean():
+            result = milp(
+                cost / scale,
+                integrality=np.asarray(self.integer),
+                bounds=Bounds(0, 1),
+                constraints=LinearConstraint(matrix, self._low, self._high),
+                options={"mip_rel_gap": _GAP, "node_limit": _NODES},
+            )
         if result.x is None:
             raise OnnxCompressError(f"the planner found no plan: {result.message}", hint="this is a bug; please report")
         return np.asarray(result.x, np.float64)
+
+
+@contextlib.contextmanager
+def _stdout_kept_clean() -> Iterator[None]:
+    """Sends what C code prints to stdout nowhere: HiGHS has lines that no option turns off.
+
+    A user of ``--json`` would find them in the middle of the document.
+    """
+    try:
+        kept = os.dup(1)
+    except OSError:  # no stdout to keep clean
+        yield
+        return
+    sys.stdout.flush()
+    try:
+        with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 - a device, not a path
+            os.dup2(nowhere.fileno(), 1)
+            yield
+            if os.name == "posix":  # what C still buffers belongs there, too
+                ctypes.CDLL(None).fflush(None)
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def solve(

@@ -29,6 +29,7 @@ _ENDLESS = "it puts noise on an output that is otherwise all zeros, or changes i
 _MANY = 8
 _FAR_OFF = 3.0
 """Real noise this many times the summed prices means the prices were taken on too few samples."""
+_LEAST_SLOPE = 0.3
 _CLOSE = 1.03
 """A plan this much slower than the slowest one that failed is close enough."""
 
@@ -92,6 +93,7 @@ class Search:
         self.prices: dict[Term, float] = {}
         self.impossible: dict[Term, str] = {}
         self.attempts: list[Attempt] = []
+        self.failed: list[tuple[float, float]] = []  # summed prices and real noise of plans that failed
         self.free = self._solve(None)
 
     def run(self) -> Found:
@@ -149,7 +151,18 @@ class Search:
             return math.sqrt(holds * fails)
         real = 10 ** (-checked.min_sqnr_db / 10)
         factor = self.noise / real if 0 < real < math.inf else 0.1
-        return min(0.5 * fails, 0.9 * factor * plan.price)
+        self.failed.append((plan.price, real))
+        return min(0.5 * fails, 0.9 * plan.price * math.pow(factor, 1 / self._slope()))
+
+    def _slope(self) -> float:
+        """How fast real noise falls with the price, on logarithmic scales: 1 where prices are right."""
+        if len(self.failed) < 2:
+            return 1.0
+        (price, real), (lower, less) = self.failed[-2:]
+        if not (0 < lower < price and 0 < less < real < math.inf):
+            return 1.0
+        slope = math.log(less / real) / math.log(lower / price)
+        return min(1.0, max(_LEAST_SLOPE, slope))
 
     def _solve(self, limit: float | None) -> Plan:
         """The best plan under a limit, all of whose terms have been measured.

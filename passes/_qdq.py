@@ -286,6 +286,7 @@ class Static:
         if self._correct and node.op_type == "Conv":
             correction = self._mean_error(node, source, array, quantized * scales)
             offset = correction if offset is None else offset + correction
+        spelled_out = node.op_type == "Gemm"  # onnxruntime fuses Conv and MatMul without zero points, Gemm not
         flat = scales.reshape(-1)
         axis = axes[0] if flat.size > 1 else None
         rewriter.set_input(
@@ -294,7 +295,7 @@ class Static:
             self._dequantized_constant(
                 quantized,
                 flat if axis is not None else flat.reshape(()),
-                np.zeros(flat.shape if axis is not None else (), np.int8),
+                np.zeros(flat.shape if axis is not None else (), np.int8) if spelled_out else None,
                 str(weight.name),
                 node,
                 axis,
@@ -304,7 +305,7 @@ class Static:
             unit = np.broadcast_to(flat.astype(np.float64) * input_scale, offset.shape).astype(np.float32)
             integers = np.clip(np.rint(offset / unit), -(2**31) + 1, 2**31 - 1).astype(np.int32)
             name = f"{node.name}_bias" if bias is None else str(bias.name)
-            zeros = np.zeros(unit.shape, np.int32)
+            zeros = np.zeros(unit.shape, np.int32) if spelled_out else None
             rewriter.set_input(node, 2, self._dequantized_constant(integers, unit, zeros, name, node, 0))
 
     def _mean_error(
@@ -322,7 +323,7 @@ class Static:
         self,
         array: npt.NDArray[np.generic],
         scale: npt.NDArray[np.float32] | np.float32,
-        zero: npt.NDArray[np.generic] | np.generic,
+        zero: npt.NDArray[np.generic] | None,
         name: str,
         node: ir.Node,
         axis: int | None,
@@ -330,6 +331,7 @@ class Static:
         constants = [
             self._rewriter.constant(np.asarray(part), f"{name}_{suffix}")
             for part, suffix in ((array, "quantized"), (scale, "scale"), (zero, "zero_point"))
+            if part is not None  # symmetric ones need no zero point
         ]
         attributes = {} if axis is None else {"axis": axis}
         (dq,) = self._rewriter.insert(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Array, made, normal, text
 
+from onnxcompress import planner
 from onnxcompress.base import Choice, Site, Term
 from onnxcompress.calibrate import value_shapes
 from onnxcompress.cost import CostModel
@@ -401,3 +403,13 @@ def test_without_real_data_only_what_needs_none_is_offered() -> None:
     assert {s.reason for s in ranges.skipped if s.key != "node_2"} == {
         "it needs ranges from real data, and there is no calibration data"
     }
+
+
+def test_what_c_code_prints_while_solving_stays_off_stdout(capfd: pytest.CaptureFixture[str]) -> None:
+    """HiGHS prints a line of its own now and then; --json promises one document and nothing else."""
+    libc = ctypes.CDLL(None)
+    with planner._stdout_kept_clean():
+        libc.puts(b"from a solver")
+    libc.puts(b"from elsewhere")
+    libc.fflush(None)
+    assert capfd.readouterr().out == "from elsewhere\n"

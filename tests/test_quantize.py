@@ -80,10 +80,10 @@ def test_a_convolution_and_its_activation_become_one_site() -> None:
     after = made(EXACT, model, "static", one_feed(1, 8, 8, 8))
     assert wiring(after) == wiring(
         text(
-            """g (float[1, 8, 8, 8] x, float S, uint8 Z, int8[4, 8, 3, 3] W, float[4] WS, int8[4] WZ,
-                  int32[4] B, float[4] BS, int32[4] BZ, float T, uint8 U) => (float[1, 4, 8, 8] y) {
+            """g (float[1, 8, 8, 8] x, float S, uint8 Z, int8[4, 8, 3, 3] W, float[4] WS,
+                  int32[4] B, float[4] BS, float T, uint8 U) => (float[1, 4, 8, 8] y) {
                  q = QuantizeLinear (x, S, Z)                       d = DequantizeLinear (q, S, Z)
-                 w = DequantizeLinear <axis = 0> (W, WS, WZ)        b = DequantizeLinear <axis = 0> (B, BS, BZ)
+                 w = DequantizeLinear <axis = 0> (W, WS)        b = DequantizeLinear <axis = 0> (B, BS)
                  c = Conv <pads = [1, 1, 1, 1]> (d, w, b)           r = Relu (c)
                  p = QuantizeLinear (r, T, U)                       y = DequantizeLinear (p, T, U)
                }"""
@@ -103,14 +103,14 @@ def test_a_value_has_one_pair_however_many_read_it() -> None:
     after = made(EXACT, model, "static", one_feed(1, 8, 6, 6))
     assert wiring(after) == wiring(
         text(
-            """g (float[1, 8, 6, 6] x, float S, uint8 Z, int8[8, 8, 3, 3] W, float[8] WS, int8[8] WZ,
-                  int32[8] B, float[8] BS, int32[8] BZ, float T, uint8 U, int8[8, 8, 3, 3] V, float[8] VS, int8[8] VZ,
+            """g (float[1, 8, 6, 6] x, float S, uint8 Z, int8[8, 8, 3, 3] W, float[8] WS,
+                  int32[8] B, float[8] BS, float T, uint8 U, int8[8, 8, 3, 3] V, float[8] VS,
                   float DS, uint8 DZ, float YS, uint8 YZ) => (float[1, 8, 6, 6] y) {
                  xq = QuantizeLinear (x, S, Z)                    xd = DequantizeLinear (xq, S, Z)
-                 w = DequantizeLinear <axis = 0> (W, WS, WZ)      b = DequantizeLinear <axis = 0> (B, BS, BZ)
+                 w = DequantizeLinear <axis = 0> (W, WS)      b = DequantizeLinear <axis = 0> (B, BS)
                  c = Conv <pads = [1, 1, 1, 1]> (xd, w, b)        r = Relu (c)
                  aq = QuantizeLinear (r, T, U)                    a = DequantizeLinear (aq, T, U)
-                 v = DequantizeLinear <axis = 0> (V, VS, VZ)
+                 v = DequantizeLinear <axis = 0> (V, VS)
                  e = Conv <pads = [1, 1, 1, 1]> (a, v)
                  eq = QuantizeLinear (e, DS, DZ)                  d = DequantizeLinear (eq, DS, DZ)
                  s = Add (d, a)                                   f = Relu (s)
@@ -184,13 +184,10 @@ def test_types_and_shapes_of_constants_are_those_that_fuse() -> None:
         "y_zero_point": ("UINT8", ()),
         "w_quantized": ("INT8", (8, 8, 3, 3)),
         "w_scale": ("FLOAT", (8,)),
-        "w_zero_point": ("INT8", (8,)),
         "b_quantized": ("INT32", (8,)),
         "b_scale": ("FLOAT", (8,)),
-        "b_zero_point": ("INT32", (8,)),
     }
     np.testing.assert_allclose(constant(after, "b_scale"), constant(after, "x_scale") * constant(after, "w_scale"))
-    assert not constant(after, "w_zero_point").any() and not constant(after, "b_zero_point").any()
     np.testing.assert_allclose(
         constant(after, "w_scale"), np.abs(normal(0, 8, 8, 3, 3)).reshape(8, -1).max(1) / 127, rtol=1e-6
     )
