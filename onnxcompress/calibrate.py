@@ -99,7 +99,8 @@ def calibrate(
         for n in wanted
         if n.statistic is Statistic.CHANNELS and n.value in observed
     }
-    accumulators: dict[str, list[HistogramAccumulator | ChannelAccumulator]] = {n: [] for n in observed}
+    in_order = (*sorted(observed & inputs), *(n for n in inside if n in observed))  # so the first NaN is named
+    accumulators: dict[str, list[HistogramAccumulator | ChannelAccumulator]] = {n: [] for n in in_order}
     for name, histogram in histograms.items():
         accumulators[name].append(histogram)
     for (name, _), moments in channels.items():

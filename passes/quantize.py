@@ -66,7 +66,7 @@ class Quantize(Pass):
     min_opset: ClassVar[int] = 13
 
     modes: tuple[str, ...] = _MODES
-    ranges: RangeMethod = RangeMethod.MSE
+    ranges: RangeMethod = RangeMethod.PERCENTILE
     percentile: float = 99.99
     weight_ranges: RangeMethod = RangeMethod.MINMAX
     per_channel: bool = True
