@@ -234,9 +234,7 @@ class Rewriter:
         names = (e.subject for e in self._log[edits:] if e.action.startswith("add "))
         return tuple(self._nodes[n] for n in names if n in self._nodes)
 
-    def only_if(
-        self, switch: ir.Value, computed: ir.Value, nodes: Sequence[ir.Node], otherwise: ir.Value
-    ) -> tuple[ir.Value, ir.Node]:
+    def only_if(self, switch: ir.Value, computed: ir.Value, nodes: Sequence[ir.Node], otherwise: ir.Value) -> ir.Value:
         """A value that is ``computed`` where ``switch`` is true and ``otherwise`` where not.
 
         Args:
@@ -245,14 +243,11 @@ class Rewriter:
             nodes: in execution order; they move into the If and run only where it is true. Nobody
                 else may read what they make.
             otherwise: a value of the same type.
-
-        Returns:
-            The value and the If.
         """
         graph = self._graph_of(nodes[-1])
+        edits = len(self._log)
         (same,) = self.insert("Identity", [otherwise], after=nodes[-1], dtype=otherwise.dtype)
-        identity = same.producer()
-        moved = [*nodes, identity] if identity is not None else []
+        moved = [*nodes, *self.nodes_since(edits)]
         node = ir.node("If", [switch], name=self.fresh(f"{nodes[-1].name}_If"), num_outputs=1)
         node.outputs[0].name = self.fresh(f"{node.name}_out")
         graph.insert_after(moved[-1], node)
@@ -263,7 +258,7 @@ class Rewriter:
             node.attributes[name] = ir.AttrGraph(name, inner)
         self._nodes[str(node.name)] = node
         self._note("add If", str(node.name))
-        return node.outputs[0], node
+        return node.outputs[0]
 
     def add_input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str | None]) -> ir.Value:
         """A new input of the model."""

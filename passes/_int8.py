@@ -171,7 +171,7 @@ def gate(
         only: just these readers.
     """
     nodes = rewriter.nodes_since(edits)
-    mixed, _ = rewriter.only_if(switch, distorted, nodes, value)
+    mixed = rewriter.only_if(switch, distorted, nodes, value)
     keep_calibrated_name(mixed, value)
     rewriter.replace_uses(value, mixed, only=only, keep=[*nodes, *_identities(value)])
 

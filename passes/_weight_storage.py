@@ -88,5 +88,5 @@ def simulate(value: ir.Value, rewriter: Rewriter, options: WeightOptions, switch
             gate(rewriter, node.outputs[0], output, switch, edits)
         else:
             (same,) = rewriter.insert("Identity", [restored], before=node)
-            mixed, _ = rewriter.only_if(switch, same, rewriter.nodes_since(edits), value)
+            mixed = rewriter.only_if(switch, same, rewriter.nodes_since(edits), value)
             rewriter.set_input(node, index, mixed)
