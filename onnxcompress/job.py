@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import onnx_ir as ir
 
@@ -92,6 +93,7 @@ class Job:
         if not self.holdout:
             raise DataError("the calibration data holds no sample")
         self.reference = Reference(original, self.holdout, self.names)
+        self._scores: WeakKeyDictionary[ir.Model, float] = WeakKeyDictionary()
         self.metric_before = self._score(original)
         self.attempts: list[Attempt] = []
         self.tidied: list[PassReport] = []  # lossless passes
@@ -303,8 +305,11 @@ class Job:
         return Checked(sqnr, metric, problem)
 
     def _score(self, model: ir.Model) -> float | None:
+        """The user's metric; asked once a model, for it may take minutes."""
         if self.metric is None:
             return None
+        if model in self._scores:
+            return self._scores[model]
         with models.temporary_file(model) as path:
             answer = self.metric(str(path))
         try:
@@ -313,6 +318,7 @@ class Job:
             raise UsageError(f"the metric returned {answer!r}", hint="it must return a number") from None
         if not math.isfinite(score):
             raise UsageError(f"the metric returned {score}", hint="it must return a finite number, higher is better")
+        self._scores[model] = score
         return score
 
     def final(self, result: ir.Model | Path) -> None:
