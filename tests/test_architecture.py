@@ -29,7 +29,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "base profile calibrate evaluate interop",
         "registry cost planner",
         "sensitivity trial",
-        "alone",
+        "fitting fitting.links",
+        "alone fitting.kernels",
         "questions",
         "search",
         "job inspection",
@@ -48,13 +49,15 @@ FOR_PASSES = frozenset(
 )
 FOR_ZOO = frozenset({"errors", "models_zoo"})
 ZOO_READERS = frozenset({"cli", "render"})
-PROTOBUF = frozenset({"model", "interop", "evaluate", "models_zoo"})
+PROTOBUF = frozenset({"model", "interop", "evaluate", "models_zoo", "fitting"})
 
 
 def modules() -> Iterator[tuple[str, Path]]:
     """Module names below ``onnxcompress`` ("" for the package itself) and their files."""
     for path in sorted(PACKAGE.glob("*.py")):
         yield ("onnxcompress" if path.stem == "__init__" else path.stem), path
+    for path in sorted((PACKAGE / "fitting").glob("*.py")):
+        yield ("fitting" if path.stem == "__init__" else f"fitting.{path.stem}"), path
     for folder in FOLDERS:
         for path in sorted((PACKAGE / folder).rglob("*.py")):
             inside = path.relative_to(PACKAGE / folder).with_suffix("").parts

@@ -1,4 +1,4 @@
-"""What :mod:`measure_kernels` measures: operators as links of chains, float and quantized.
+"""What is measured: operators as links of chains, float and quantized.
 
 A link says how it is added to a chain and how much work it is. Quantized links follow what onnxruntime fuses:
 u8 activations with scalar scales, s8 weights with a scale per channel, int32 biases.

@@ -35,7 +35,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import scipy.optimize
-from kernel_links import Array, Chain, Link, links, unary
+from onnxcompress.fitting.links import Array, Chain, Link, links, unary
 from onnx import TensorProto
 
 SHORT, LONG = 2, 10
