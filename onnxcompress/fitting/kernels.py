@@ -35,8 +35,9 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import scipy.optimize
-from onnxcompress.fitting.links import Array, Chain, Link, links, unary
 from onnx import TensorProto
+
+from onnxcompress.fitting.links import Array, Chain, Link, links, unary
 
 SHORT, LONG = 2, 10
 
