@@ -227,7 +227,7 @@ class _Count:
             params=sum(t.size for t in weights.values() if t is not None),
             weight_bytes=sum(t.nbytes for t in weights.values() if t is not None),
             peak_activation_bytes=self._peak(),
-            energy_joule=None if energy is None else energy.active_w * seconds,
+            energy_joule=None if energy is None or energy.active_w is None else energy.active_w * seconds,
         )
 
     # --- what runs inside what --------------------------------------------------------------------------

@@ -24,8 +24,10 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for layer in (
         "errors",
         "model report statistics images feeds",
-        "view session sizes ranges origins synthetic",
+        "view session sizes ranges origins synthetic profile_text",
         "rewrite coupling smooth data work target",
+        "profile_schema",
+        "profile_files",
         "base profile calibrate evaluate interop",
         "registry cost planner",
         "sensitivity trial",

@@ -223,7 +223,7 @@ def test_missing_table(write) -> None:
 
 
 def test_other_schema_version(write) -> None:
-    assert fails(write(SMALL.replace("schema = 1", "schema = 2"))).line == 1
+    assert fails(write(SMALL.replace("schema = 1", "schema = 3"))).line == 1
 
 
 def test_syntax_error_names_line(write) -> None:
