@@ -20,6 +20,8 @@ from onnxcompress.statistics import RangeMethod
 from onnxcompress.view import GraphView
 
 __all__ = [
+    "ActivationOptions",
+    "Int8Options",
     "WeightOptions",
     "activation_inputs",
     "calibrated_name",
@@ -54,6 +56,32 @@ class WeightOptions:
     per_channel: bool
     bits: int
     method: RangeMethod
+
+
+@dataclass(frozen=True)
+class ActivationOptions:
+    """How activations become integers: u8, or s8 if ``signed``; ``symmetric``: with the zero point in the middle."""
+
+    signed: bool = False
+    symmetric: bool = False
+
+    @property
+    def dtype(self) -> ir.DataType:
+        """Type of the integers."""
+        return ir.DataType.INT8 if self.signed else ir.DataType.UINT8
+
+    @property
+    def least(self) -> int:
+        """The smallest integer; the largest is 255 above it."""
+        return -128 if self.signed else 0
+
+
+@dataclass(frozen=True)
+class Int8Options:
+    """How anything becomes integers on a device."""
+
+    weights: WeightOptions
+    activations: ActivationOptions
 
 
 def weight_indices(node: ir.Node) -> tuple[int, ...]:

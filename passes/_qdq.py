@@ -4,7 +4,8 @@ A node runs on integers when each data input comes from a DequantizeLinear, its 
 output goes into a QuantizeLinear. So each value that lives as u8 gets exactly one pair, right after
 its producer, whoever asks first: x -> Q -> DQ -> consumers.
 
-    s = (hi - lo) / 255, z = round(-lo / s), lo <= 0 <= hi, so that 0 is exact (padding, Relu).
+    s = (hi - lo) / 255, z = round(-lo / s), lo <= 0 <= hi, so that 0 is exact (padding, Relu);
+    s8: z - 128; symmetric: s = max(-lo, hi) / 127, z in the middle (128, or 0 for s8).
 
 Operators that only move values keep the scale of what they move; onnxruntime then drops both ends
 and moves bytes. Bias: int32 in units of s_x s_w; s_w is raised where b / (s_x s_w) would overflow.
@@ -18,6 +19,7 @@ import onnx_ir as ir
 
 from onnxcompress.base import Skip
 from onnxcompress.passes._int8 import (
+    ActivationOptions,
     WeightOptions,
     activation_inputs,
     calibrated_name,
@@ -63,6 +65,7 @@ SILENT_OPS = frozenset(
 """Operators about which "stays float" needs no word: they hold no float work."""
 
 _INT32_ROOM = 2.0**30
+_U8 = ActivationOptions()
 
 
 def obstacle(node: ir.Node, view: GraphView) -> str | None:
@@ -156,11 +159,19 @@ class Static:
         method: how ranges are read off.
         percentile: for the percentile method.
         bias_correction: compensate the mean error of rounded Conv weights.
+        activations: integers activations become.
     """
 
     def __init__(
-        self, rewriter: Rewriter, evidence: Evidence, method: RangeMethod, percentile: float, bias_correction: bool
+        self,
+        rewriter: Rewriter,
+        evidence: Evidence,
+        method: RangeMethod,
+        percentile: float,
+        bias_correction: bool,
+        activations: ActivationOptions,
     ) -> None:
+        self._activations = activations
         self._rewriter, self._evidence = rewriter, evidence
         self._method, self._percentile, self._correct = method, percentile, bias_correction
 
@@ -216,7 +227,7 @@ class Static:
         if found is not None and zero is not None:
             return found, zero
         low, high = clip_range(self._evidence.histogram(str(origin.name)), self._method, percentile=self._percentile)
-        s, z = affine(low, high)
+        s, z = affine(low, high, self._activations)
         return self._rewriter.constant(s, name), self._rewriter.constant(z, f"{origin.name}_zero_point")
 
     def _pair(self, value: ir.Value) -> ir.Value:
@@ -231,7 +242,7 @@ class Static:
             "QuantizeLinear",
             [value, scale, zero],
             name=f"{value.name}_quantize",
-            dtype=ir.DataType.UINT8,
+            dtype=self._activations.dtype,
             shape=value.shape,
             after=value,
         )
@@ -257,12 +268,13 @@ class Static:
     # --- constants -----------------------------------------------------------------------------
 
     def _constant(self, value: ir.Value, node: ir.Node) -> ir.Value:
-        """A constant operand of Add or Mul as u8, one scale."""
+        """A constant operand of Add or Mul in the integers of activations, one scale."""
         if value.const_value is None:
             return value
         array = value.const_value.numpy()
-        scale, zero = affine(float(array.min(initial=0.0)), float(array.max(initial=0.0)))
-        quantized = np.clip(np.rint(array / scale) + zero, 0, 255).astype(np.uint8)
+        scale, zero = affine(float(array.min(initial=0.0)), float(array.max(initial=0.0)), self._activations)
+        least = self._activations.least
+        quantized = np.clip(np.rint(array / scale) + zero, least, least + 255).astype(zero.dtype)
         return self._dequantized_constant(quantized, scale, zero, str(value.name), node, None)
 
     def _weight(self, node: ir.Node, source: str, options: WeightOptions) -> None:
@@ -346,14 +358,18 @@ class Static:
         return dq
 
 
-def affine(low: float, high: float) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
-    """Scale and zero point for u8 over [low, high], widened to hold 0; scalars, as onnxruntime wants."""
+def affine(
+    low: float, high: float, form: ActivationOptions = _U8
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.generic]]:
+    """Scale and zero point over [low, high], widened to hold 0; scalars, as onnxruntime wants."""
     low, high = min(low, 0.0), max(high, 0.0)
-    scale = np.float32((high - low) / 255.0)
+    scale = np.float32(max(-low, high) / 127.0 if form.symmetric else (high - low) / 255.0)
     if not scale > np.finfo(np.float32).tiny:
-        return np.asarray(1.0, np.float32), np.asarray(0, np.uint8)
-    zero = int(np.clip(np.rint(-low / float(scale)), 0, 255))
-    return np.asarray(scale, np.float32), np.asarray(zero, np.uint8)
+        scale, steps = np.float32(1.0), 0
+    else:
+        steps = int(np.clip(np.rint(-low / float(scale)), 0, 255))
+    zero = form.least + (128 if form.symmetric else steps)
+    return np.asarray(scale, np.float32), np.asarray(zero, form.dtype.numpy())
 
 
 def _is_dequantized(value: ir.Value) -> bool:

@@ -27,6 +27,8 @@ from onnxcompress.base import Choice, Pass, Precision, Site, Skip, Skipped, Stag
 from onnxcompress.errors import PassError
 from onnxcompress.passes import _dynamic, _qdq, _weight_storage
 from onnxcompress.passes._int8 import (
+    ActivationOptions,
+    Int8Options,
     WeightOptions,
     activation_inputs,
     calibrated_name,
@@ -182,36 +184,42 @@ class Quantize(Pass):
     def apply(self, choice: Choice, rewriter: Rewriter, evidence: Evidence) -> None:
         node = rewriter.node(choice.site.key)
         options = choice.detail
-        if not isinstance(options, WeightOptions):
+        if not isinstance(options, Int8Options):
             raise PassError(f"this choice at {choice.site.key!r} was not made by quantize")
+        weights = options.weights
         if choice.name == STATIC:
-            self._static(rewriter, evidence).apply(node, rewriter.node(choice.site.nodes[-1]), options)
+            static = self._static(rewriter, evidence, options)
+            static.apply(node, rewriter.node(choice.site.nodes[-1]), weights)
         elif choice.name == DYNAMIC:
-            _dynamic.apply(node, rewriter, options)
+            _dynamic.apply(node, rewriter, weights)
         elif choice.name == SMOOTH:
-            _dynamic.smooth(node, rewriter, options, _absmax(node, evidence))
+            _dynamic.smooth(node, rewriter, weights, _absmax(node, evidence))
         else:
-            _weight_storage.apply(node, rewriter, options)
+            _weight_storage.apply(node, rewriter, weights)
 
     def simulate(self, term: Term, rewriter: Rewriter, evidence: Evidence, target: Target, switch: ir.Value) -> bool:
+        options = self._options(target)
         if term.kind == "smooth":
             node = rewriter.node(term.subject)
-            _dynamic.simulate_smooth(node, rewriter, self._options(target), _absmax(node, evidence), switch)
+            _dynamic.simulate_smooth(node, rewriter, options.weights, _absmax(node, evidence), switch)
             return True
         value = rewriter.value(term.subject)
         if term.kind == "weight":
-            _weight_storage.simulate(value, rewriter, self._options(target), switch)
+            _weight_storage.simulate(value, rewriter, options.weights, switch)
         elif term.kind == "dynamic":
             _dynamic.simulate(value, rewriter, switch)
         else:
-            self._static(rewriter, evidence).simulate(value, switch)
+            self._static(rewriter, evidence, options).simulate(value, switch)
         return True
 
-    def _static(self, rewriter: Rewriter, evidence: Evidence) -> _qdq.Static:
-        return _qdq.Static(rewriter, evidence, self.ranges, self.percentile, self.bias_correction)
+    def _static(self, rewriter: Rewriter, evidence: Evidence, options: Int8Options) -> _qdq.Static:
+        return _qdq.Static(rewriter, evidence, self.ranges, self.percentile, self.bias_correction, options.activations)
 
-    def _options(self, target: Target) -> WeightOptions:
-        return WeightOptions(self.per_channel and target.per_channel, target.weight_bits, self.weight_ranges)
+    def _options(self, target: Target) -> Int8Options:
+        return Int8Options(
+            WeightOptions(self.per_channel and target.per_channel, target.weight_bits, self.weight_ranges),
+            ActivationOptions(target.activation == "s8", target.activation_symmetric),
+        )
 
 
 _OTHER_FLOATS = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)

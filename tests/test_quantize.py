@@ -24,6 +24,7 @@ from models import TARGET, Array, Feeds, check, fused, learn, made, normal, ops,
 from onnxcompress import model as models
 from onnxcompress.base import Choice, Site, Skip, Skipped, Term
 from onnxcompress.errors import PassError
+from onnxcompress.passes._int8 import ActivationOptions
 from onnxcompress.passes._qdq import affine
 from onnxcompress.passes.quantize import Quantize
 from onnxcompress.rewrite import Rewriter
@@ -406,6 +407,55 @@ def test_error_of_a_residual_block_is_within_its_steps() -> None:
         assert np.all(np.abs(run(after, feed, fuse=fuse)["y"] - expected) <= error)
 
 
+FORMS = {  # seven bits of weights: see SEVEN
+    "u8 in the middle": (Target("t", weight_bits=7, activation_symmetric=True), np.uint8, 128),
+    "s8": (Target("t", weight_bits=7, activation="s8"), np.int8, None),
+    "s8 around zero": (Target("t", weight_bits=7, activation="s8", activation_symmetric=True), np.int8, 0),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_activations_take_the_form_the_target_asks_for(form: str) -> None:
+    target, dtype, zero = FORMS[form]
+    w, b = normal(0, 8, 8, 3, 3), normal(1, 8)
+    model, (feed,) = text(CONV, {"w": w, "b": b}), [{"x": normal(9, 1, 8, 8, 8) + 1}]
+    after = made(EXACT, model, "static", [feed], target)
+    for name in "xy":
+        found = constant(after, f"{name}_zero_point")
+        assert found.dtype == dtype and (zero is None or found == zero)
+    kernels = [n.op_type for n in fused(after).graph.node if n.op_type != "Transpose"]
+    assert kernels == ["QuantizeLinear", "QLinearConv", "DequantizeLinear"]
+    s_x, s_w, s_y = (constant(after, f"{n}_scale") for n in "xwy")
+    bound = product_error(conv, feed["x"], s_x / 2, w, s_w[:, None, None, None])
+    within(model, after, feed, bound + (s_x * s_w / 2)[:, None, None] + s_y / 2)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_constant_operand_takes_the_form_too(form: str) -> None:
+    target, dtype, _ = FORMS[form]
+    model, (feed,) = (
+        text("g (float[4, 16] x) => (float[4, 16] y) { y = Add (x, w) }", {"w": normal(0, 16)}),
+        one_feed(4, 16),
+    )
+    after = made(EXACT, model, "static", [feed], target)
+    assert constant(after, "w_quantized").dtype == dtype
+    bound = sum(constant(after, f"{n}_scale") / 2 for n in "xwy") * (1 + 1e-5)
+    within(model, after, feed, np.full((4, 16), bound))
+
+
+def test_a_relu_stays_where_rounding_does_not_clip_at_zero() -> None:
+    """With the zero point in the middle the integers go below zero, so onnxruntime must not drop the Relu."""
+    model = text(
+        "g (float[1, 8, 8, 8] x) => (float[1, 8, 8, 8] y) { c = Conv <pads = [1, 1, 1, 1]> (x, w)  y = Relu (c) }",
+        {"w": normal(0, 8, 8, 3, 3)},
+    )
+    (feed,) = one_feed(1, 8, 8, 8)
+    target = FORMS["s8 around zero"][0]
+    after = made(EXACT, model, "static", [feed], target)
+    for fuse in (False, True):
+        assert run(after, feed, fuse=fuse)["y"].min() == 0
+
+
 @pytest.mark.parametrize("transposed", [0, 1])
 @pytest.mark.parametrize("bias", [None, (8,), (1,)])
 def test_error_of_a_gemm_is_within_its_steps(transposed: int, bias: tuple[int] | None) -> None:
@@ -525,6 +575,12 @@ def test_scale_and_zero_point_of_a_range(low: float, high: float) -> None:
     for value in (low, high, 0.0):
         restored = (np.clip(np.rint(value / scale) + zero, 0, 255) - zero) * scale
         assert abs(restored - value) <= (scale / 2 * (1 + 1e-6) if value else 0)
+    for signed, least, middle in ((False, 0, 128), (True, -128, 0)):
+        scale, zero = affine(low, high, ActivationOptions(signed, symmetric=True))
+        assert zero == middle
+        for value in (low, high, 0.0):
+            restored = (np.clip(np.rint(value / scale) + int(zero), least, least + 255) - int(zero)) * scale
+            assert abs(restored - value) <= (scale / 2 * (1 + 1e-6) if value else 0)
 
 
 @pytest.mark.parametrize("mode", ["weights", "dynamic", "static"])
