@@ -16,13 +16,13 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from onnxcompress.render_profile import profile, profiles
 from onnxcompress.report import Attempt, Comparison, Latency, Report, SiteReport
 from onnxcompress.tables import amount, columns, decibel, milliseconds, plural, ratio, section, size, some, used_columns
 
 if TYPE_CHECKING:  # what is shown is not needed for showing it, and takes a second to import
     from onnxcompress.cost import ModelCost, NodeCost
     from onnxcompress.models_zoo import ZooModel
-    from onnxcompress.profile import Profile
     from onnxcompress.sizes import FileSize
 
 __all__ = ["SiteGroup", "collapse", "comparison", "cost", "passes", "profile", "profiles", "report", "zoo"]
@@ -330,60 +330,6 @@ def cost(what: ModelCost, *, verbose: bool = False) -> RenderableType:
 
 
 # --- lists -------------------------------------------------------------------------------------
-
-
-def profiles(found: Sequence[Profile]) -> RenderableType:
-    """Profiles, one a row, with how far their numbers can be trusted."""
-    rows = [
-        (
-            p.name,
-            p.description,
-            p.provenance.status,
-            f"{p.provenance.error:.0%}" if p.provenance.error is not None else "?",
-        )
-        for p in found
-    ]
-    return columns(rows, ("name", "device", "numbers", "mean error"))
-
-
-def profile(what: Profile) -> RenderableType:
-    """One profile: the device, where its numbers come from, what each kernel costs."""
-    device, origin, quantization = what.device, what.provenance, what.quantization
-    facts = [
-        ("device", f"{device.cpu}, {plural(device.cores, 'core')} at {device.frequency_ghz:g} GHz"),
-        ("instructions", " ".join(device.isa)),
-        ("runtime", f"{what.runtime.name} {what.runtime.version}, {plural(what.runtime.threads, 'thread')}"),
-        (
-            "quantization",
-            f"{quantization.activation} activations, {quantization.weight_bits}-bit weights, "
-            f"{'per channel' if quantization.per_channel else 'per tensor'}",
-        ),
-        ("numbers", f"{origin.status}, {origin.date}: {origin.method}"),
-        ("source", origin.source),
-        ("mean error", f"{origin.error:.0%}" if origin.error is not None else "not measured"),
-        ("notes", origin.notes),
-    ]
-    rows = [
-        (
-            k.kind + (" (maps)" if k.on == "maps" else ""),
-            k.precision,
-            *map(_ns, (k.ns_fixed, k.ns_per_mac, k.ns_per_element, k.ns_per_weight, k.ns_per_patch)),
-            f"{k.fit_error:.0%}" if k.fit_error is not None else "",
-            k.source,
-        )
-        for k in what.kernels
-    ]
-    heads = ("kernel", "precision", "fixed", "MAC", "element", "weight", "patch", "fit error", "source")
-    return Group(
-        Text(f"{what.name}: {what.description}", style="bold"),
-        Text(),
-        columns([(name, " ".join(fact.split())) for name, fact in facts if fact], ("", "")),
-        section("Kernels, in ns", used_columns(rows, heads, right=(2, 3, 4, 5, 6, 7))),
-    )
-
-
-def _ns(value: float) -> str:
-    return f"{value:.4g}" if value else ""
 
 
 def passes(found: Sequence[Mapping[str, Any]]) -> RenderableType:

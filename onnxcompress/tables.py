@@ -85,7 +85,7 @@ def _plain(value: Any) -> Any:
 # --- tables ------------------------------------------------------------------------------------
 
 
-def columns(rows: Iterable[Sequence[str]], heads: Sequence[str], *, right: Sequence[int] = ()) -> Table:
+def columns(rows: Iterable[Sequence[RenderableType]], heads: Sequence[str], *, right: Sequence[int] = ()) -> Table:
     """A plain table; columns numbered in ``right`` hold numbers."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_header=any(heads))
     for index, head in enumerate(heads):
