@@ -18,7 +18,7 @@ from onnxcompress.report import Comparison, Latency
 from onnxcompress.sizes import FileSize, model_size
 from onnxcompress.view import GraphView
 
-__all__ = ["compare", "inspect", "verify"]
+__all__ = ["ModelLike", "compare", "inspect", "verify", "with_shapes"]
 
 ModelLike = ir.Model | str | os.PathLike[str]
 
@@ -39,10 +39,19 @@ def inspect(
     Raises:
         DataError: ``shapes`` names an input the model does not have.
     """
-    loaded = _load(model)
     device = profile if isinstance(profile, Profile) else load_profile(os.fspath(profile))
-    bound = _with_shapes(loaded, shapes or {})
-    return CostModel(device).model(GraphView(bound), value_shapes(bound, open_data(None, bound).first()))
+    bound, seen = with_shapes(model, shapes or {})
+    return CostModel(device).model(GraphView(bound), seen)
+
+
+def with_shapes(model: ModelLike, shapes: Mapping[str, tuple[int, ...]]) -> tuple[ir.Model, dict[str, tuple[int, ...]]]:
+    """A copy of a model with these shapes of its inputs, and the shape of every value in a run on made-up data.
+
+    Raises:
+        DataError: the model has no such input, or one of another rank.
+    """
+    bound = _bound(_load(model), shapes)
+    return bound, value_shapes(bound, open_data(None, bound).first())
 
 
 def compare(
@@ -69,7 +78,7 @@ def _load(model: ModelLike) -> ir.Model:
     return models.load(model) if isinstance(model, (str, os.PathLike)) else model
 
 
-def _with_shapes(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> ir.Model:
+def _bound(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> ir.Model:
     copy = models.clone(model)
     inputs = {str(v.name): v for v in copy.graph.inputs}
     for name, shape in shapes.items():
