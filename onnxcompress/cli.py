@@ -15,7 +15,7 @@ import click
 from rich.console import Group
 from rich.text import Text
 
-from onnxcompress import render, shell, tables
+from onnxcompress import cli_profile, render, shell, tables
 from onnxcompress.errors import OnnxCompressError, OutputError, UsageError, suggest
 from onnxcompress.shell import Answer, command, warn
 
@@ -269,6 +269,28 @@ def inspect(model: Path, profile: str, shapes: dict[str, tuple[int, ...]], verbo
 
 @command(
     cli,
+    "explain",
+    "onnxcompress explain in.onnx --profile cortex-a53",
+    "onnxcompress explain in.onnx --shape input=1x3x224x224 -v",
+)
+@click.argument("model", type=_MODEL, metavar="IN")
+@click.option("--profile", default=DEFAULT_PROFILE, show_default=True, metavar="NAME", help="The hardware.")
+@click.option(
+    "--shape", "shapes", callback=_shapes, multiple=True, metavar="NAME=1x3x224x224", help="Of a dynamic input."
+)
+def explain(model: Path, profile: str, shapes: dict[str, tuple[int, ...]], verbose: bool) -> Answer:
+    """Show what would make each layer faster on a profile, by how much, and why not.
+
+    Nothing is rewritten and no data is needed; nothing is said about accuracy.
+    """
+    from onnxcompress import explanation, render_explain
+
+    found = explanation.explain(model, profile=profile, shapes=shapes)
+    return Answer(found, render_explain.explanation(found, verbose=verbose))
+
+
+@command(
+    cli,
     "compare",
     "onnxcompress compare in.onnx out.onnx --calibration feeds/",
 )
@@ -324,34 +346,8 @@ def verify(
     return Answer({"passed": passed, "min_sqnr_db": least, "comparison": found}, text, status=0 if passed else 1)
 
 
-@cli.group(no_args_is_help=False)
-def profiles() -> None:
-    """Hardware profiles: what is known about each device."""
-
-
-@command(profiles, "list")
-def list_profiles(verbose: bool) -> Answer:
-    """List the hardware profiles."""
-    from onnxcompress.profile import list_profiles as names
-    from onnxcompress.profile import load_profile
-
-    found = [load_profile(name) for name in names()]
-    return Answer(found, render.profiles(found))
-
-
-@command(
-    profiles,
-    "show",
-    "onnxcompress profiles show cortex-a53",
-    "onnxcompress profiles show ./my-board.toml",
-)
-@click.argument("name")
-def show_profile(name: str, verbose: bool) -> Answer:
-    """Show one profile: NAME, or a TOML file of your own."""
-    from onnxcompress.profile import load_profile
-
-    profile = load_profile(name)
-    return Answer(profile, render.profile(profile))
+cli.add_command(cli_profile.profile)
+cli.add_command(cli_profile.profiles)
 
 
 @cli.group(no_args_is_help=False)

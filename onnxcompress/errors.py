@@ -8,7 +8,8 @@
     │   └── ModelRunError                 onnxruntime itself cannot load or run it
     ├── DataError                     4   calibration data: names, shapes, dtypes, NaN, empty
     ├── ProfileError                  5   a hardware profile file is wrong (file and line)
-    │   └── UnknownProfileError
+    │   ├── UnknownProfileError
+    │   └── MeasurementError              a file of measured times is wrong (file and line)
     ├── PassError                     6   a pass is unknown, misconfigured or broke its promise
     │   ├── UnknownPassError
     │   ├── PassOptionError
@@ -29,6 +30,7 @@ from pathlib import Path
 
 __all__ = [
     "DataError",
+    "MeasurementError",
     "ModelError",
     "ModelReadError",
     "ModelRunError",
@@ -148,6 +150,10 @@ class ProfileError(OnnxCompressError):
 class UnknownProfileError(ProfileError):
     def __init__(self, name: str, known: Iterable[str]) -> None:
         super().__init__(f"no hardware profile is called {name!r}", hint=suggest(name, known))
+
+
+class MeasurementError(ProfileError):
+    """A file of measured times that profiles are fitted to or compared with; ``line`` is 1-based."""
 
 
 class PassError(OnnxCompressError):
