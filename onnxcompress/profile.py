@@ -1,14 +1,15 @@
 """Hardware profiles: what a device can run and what each kernel costs on it, as TOML.
 
 A profile is data anyone can copy, edit, extend or fit to a device of their own. It says where every number
-comes from. :mod:`~onnxcompress.profile_schema` has its tables, :mod:`~onnxcompress.profile_files` finds,
-reads and writes it; this module is where both are imported from.
+comes from. :mod:`~onnxcompress.profile_tables` and :mod:`~onnxcompress.profile_schema` say what it holds,
+:mod:`~onnxcompress.profile_files` finds, reads and writes it; this module is where all are imported from.
 """
 
 from __future__ import annotations
 
 from onnxcompress.profile_files import list_profiles, load_profile, write
-from onnxcompress.profile_schema import (
+from onnxcompress.profile_schema import Profile
+from onnxcompress.profile_tables import (
     INSTRUCTION_CLASSES,
     PRECISIONS,
     Cache,
@@ -20,7 +21,6 @@ from onnxcompress.profile_schema import (
     Limits,
     Memory,
     Overhead,
-    Profile,
     Provenance,
     Quantization,
     Runtime,

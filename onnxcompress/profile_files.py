@@ -12,7 +12,6 @@ import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -22,17 +21,14 @@ import platformdirs
 from pydantic import ValidationError
 
 from onnxcompress.errors import OutputError, ProfileError, UnknownProfileError, suggest
+from onnxcompress.profile_merge import ARRAYS, Merged, Source, Where, merge
 from onnxcompress.profile_schema import TABLES, Profile
-from onnxcompress.profile_text import dumps, line_of
+from onnxcompress.profile_text import dumps
 
 __all__ = ["list_profiles", "load_profile", "write"]
 
-_OWN = ("schema", "name", "description", "provenance", "extends")
 _NEEDED = ("elementwise", "move", "free", "conv", "matmul")
-_ARRAYS = ("cache", "kernel", "fusion")
 _KEYS_OF_THE_WHOLE = [f.alias or name for name, f in Profile.model_fields.items() if name != "lineage"]
-
-Where = tuple[str | int, ...]
 
 
 # ---- finding ---------------------------------------------------------------------------------------------
@@ -122,59 +118,7 @@ def write(profile: Profile | Mapping[str, Any], path: str | Path) -> None:
 # ---- reading ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Source:
-    """A file and what is in it; ``file`` is what a relative ``extends`` is relative to."""
-
-    file: Path | Traversable
-    shown: str
-    text: str
-    data: dict[str, Any]
-
-    def line(self, where: Where) -> int | None:
-        return line_of(self.text, where)
-
-    @property
-    def identity(self) -> str:
-        return str(self.file.resolve()) if isinstance(self.file, Path) else self.shown
-
-    @property
-    def name(self) -> str:
-        name = self.data.get("name")
-        return name if isinstance(name, str) else self.shown
-
-
-@dataclass
-class _Merged:
-    """Tables of a file and of what it extends, with the file each came from.
-
-    Attributes:
-        sources: the file itself, then what it extends, and so on.
-        data: the merged tables.
-        owners: file that holds a key (``("name",)``, ``("device", "cores")``).
-        entries: file, and index in it, of every entry of an array of tables.
-    """
-
-    sources: tuple[_Source, ...]
-    data: dict[str, Any] = field(default_factory=dict)
-    owners: dict[Where, _Source] = field(default_factory=dict)
-    entries: dict[str, list[tuple[_Source, int]]] = field(default_factory=dict)
-
-    def locate(self, where: Where) -> tuple[str, int | None]:
-        """File and line of a key of the merged profile, or of the nearest thing there is."""
-        entries = self.entries.get(str(where[0])) if where else None
-        if entries and len(where) > 1 and isinstance(where[1], int):
-            source, index = entries[where[1]]
-            return source.shown, source.line((where[0], index, *where[2:]))
-        source = next((self.owners[where[:n]] for n in (2, 1) if where[:n] in self.owners), self.sources[0])
-        return source.shown, source.line(where)
-
-    def error(self, where: Where, message: str, hint: str) -> ProfileError:
-        shown, line = self.locate(where)
-        return ProfileError(message, path=shown, line=line, hint=hint)
-
-
-def _read(file: Path | Traversable, shown: str, chain: tuple[_Source, ...] = ()) -> _Merged:
+def _read(file: Path | Traversable, shown: str, chain: tuple[Source, ...] = ()) -> Merged:
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -187,20 +131,20 @@ def _read(file: Path | Traversable, shown: str, chain: tuple[_Source, ...] = ())
     return _parse(text, file, shown, chain)
 
 
-def _parse(text: str, file: Path | Traversable, shown: str, chain: tuple[_Source, ...] = ()) -> _Merged:
+def _parse(text: str, file: Path | Traversable, shown: str, chain: tuple[Source, ...] = ()) -> Merged:
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise _syntax_error(str(error), text, shown) from error
-    source = _Source(file, shown, text, data)
+    source = Source(file, shown, text, data)
     chain = (*chain, source)
     _check_version(source)
-    merged = _parent(source, chain) if "extends" in data else _Merged(chain)
-    _merge(source, merged)
+    merged = _parent(source, chain) if "extends" in data else Merged(chain)
+    merge(source, merged)
     return merged
 
 
-def _check_version(source: _Source) -> None:
+def _check_version(source: Source) -> None:
     version = source.data.get("schema")
     if version is None:
         hint = "write schema = 2 in the first line"
@@ -211,7 +155,7 @@ def _check_version(source: _Source) -> None:
         raise ProfileError(message, path=source.shown, line=source.line(("schema",)), hint=hint)
 
 
-def _parent(source: _Source, chain: tuple[_Source, ...]) -> _Merged:
+def _parent(source: Source, chain: tuple[Source, ...]) -> Merged:
     """What a file extends, read and merged."""
     named = source.data["extends"]
     line = source.line(("extends",))
@@ -235,91 +179,16 @@ def _parent(source: _Source, chain: tuple[_Source, ...]) -> _Merged:
     return _read(file, shown, chain)
 
 
-def _no_parent(chain: tuple[_Source, ...], problem: str, hint: str) -> ProfileError:
+def _no_parent(chain: tuple[Source, ...], problem: str, hint: str) -> ProfileError:
     source = chain[-1]
     names = " -> ".join([*(s.name for s in chain), str(source.data["extends"])])
     return ProfileError(f"extends: {problem} ({names})", path=source.shown, line=source.line(("extends",)), hint=hint)
 
 
-def _merge(source: _Source, into: _Merged) -> None:
-    """Lays a file over what it extends."""
-    parent = into.data
-    data = {key: value for key, value in parent.items() if key not in _OWN}
-    into.owners = {where: owner for where, owner in into.owners.items() if where[0] not in _OWN}
-    for key, value in source.data.items():
-        if key in _ARRAYS and isinstance(value, list):
-            _merge_array(source, into, data, key, value)
-            continue
-        if isinstance(value, dict) and isinstance(data.get(key), dict):
-            data[key] = {**data[key], **value}
-        elif key == "time_scale" and _is_factor(value) and _is_factor(data.get(key)):
-            data[key] *= value  # each says how it differs from what it extends
-        else:
-            data[key] = value
-            into.entries.pop(key, None)
-        into.owners[(key,)] = source
-        if isinstance(value, dict):
-            into.owners.update({(key, inner): source for inner in value})
-    if parent:
-        _inherit_doubts(source, parent, data)
-    into.data = data
-
-
-def _merge_array(source: _Source, into: _Merged, data: dict[str, Any], key: str, value: list[Any]) -> None:
-    before = data.get(key)
-    kept: list[tuple[Any, tuple[_Source, int]]] = []
-    if key == "kernel" and isinstance(before, list):
-        own = {_identity(entry) for entry in value}
-        origins = into.entries[key]
-        taken = zip(before, origins, strict=True)
-        kept = [(_attributed(e, into.data), o) for e, o in taken if _identity(e) not in own]
-    data[key] = [*(entry for entry, _ in kept), *value]
-    into.entries[key] = [*(origin for _, origin in kept), *((source, index) for index in range(len(value)))]
-    into.owners[(key,)] = source
-
-
-def _identity(kernel: object) -> tuple[str, ...]:
-    if not isinstance(kernel, dict):
-        return (repr(kernel),)
-    return (repr(kernel.get("kind")), repr(kernel.get("precision")), repr(kernel.get("on", "any")))
-
-
-def _attributed(kernel: object, parent: dict[str, Any]) -> object:
-    """An inherited kernel without a source names its file: the source of the heir is not its own."""
-    if not isinstance(kernel, dict) or "source" in kernel:
-        return kernel
-    return {**kernel, "source": f"see {parent.get('name')}"}
-
-
-def _is_factor(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
-
-
-def _inherit_doubts(source: _Source, parent: dict[str, Any], data: dict[str, Any]) -> None:
-    """What nobody checked stays unchecked in a profile that takes it over."""
-    before, own = parent.get("provenance"), data.get("provenance")
-    doubts = before.get("unverified", []) if isinstance(before, dict) else []
-    if not isinstance(own, dict) or not isinstance(doubts, list) or not isinstance(own.get("unverified", []), list):
-        return
-    taken = [d for d in doubts if isinstance(d, str) and not _gives(source.data, d.partition(":")[0])]
-    note = f" (of {parent.get('name')})"
-    taken = [d if re.search(r" \(of [^ )]+\)$", d) else d + note for d in taken]
-    data["provenance"] = {**own, "unverified": [*own.get("unverified", []), *taken]} if taken else own
-
-
-def _gives(data: dict[str, Any], dotted: str) -> bool:
-    """Whether a file itself has a value for a key such as ``energy.active_w`` or ``kernel.Conv``."""
-    table, _, key = dotted.strip().partition(".")
-    found = data.get(table)
-    if isinstance(found, list) and table == "kernel":
-        return bool(key) and any(isinstance(e, dict) and e.get("kind") == key.partition(".")[0] for e in found)
-    return found is not None and (not isinstance(found, dict) or key in found)
-
-
 # ---- checking --------------------------------------------------------------------------------------------
 
 
-def _profile(merged: _Merged) -> Profile:
+def _profile(merged: Merged) -> Profile:
     """The profile of merged tables."""
     if "lineage" in merged.data:
         raise merged.error(("lineage",), "unknown key 'lineage'", "take it out; it follows from 'extends'")
@@ -333,7 +202,7 @@ def _profile(merged: _Merged) -> Profile:
     return profile
 
 
-def _check_kernels(profile: Profile, merged: _Merged) -> None:
+def _check_kernels(profile: Profile, merged: Merged) -> None:
     seen: dict[tuple[str, str, str], int] = {}
     for index, kernel in enumerate(profile.kernels_):
         key = (kernel.kind, kernel.precision, kernel.on)
@@ -350,13 +219,13 @@ def _check_kernels(profile: Profile, merged: _Merged) -> None:
             raise ProfileError(message, path=merged.sources[0].shown, hint=hint)
 
 
-def _check_unverified(profile: Profile, merged: _Merged) -> None:
+def _check_unverified(profile: Profile, merged: Merged) -> None:
     where: Where = ("provenance", "unverified")
     for entry in profile.provenance.unverified:
         table, _, key = entry.partition(":")[0].strip().partition(".")
         known = _KEYS_OF_THE_WHOLE if table not in TABLES else _keys((table,))
         wrong = table if table not in _KEYS_OF_THE_WHOLE else key
-        if table in _KEYS_OF_THE_WHOLE and (not key or table in _ARRAYS or key in known):
+        if table in _KEYS_OF_THE_WHOLE and (not key or table in ARRAYS or key in known):
             continue
         message = f"unverified: {entry!r} starts with no key of a profile"
         shown, line = merged.locate(where)
@@ -383,7 +252,7 @@ def _syntax_error(message: str, text: str, shown: str) -> ProfileError:
     return ProfileError(message, path=shown, line=line, hint="correct this line; strings need quotes")
 
 
-def _schema_error(error: ValidationError, merged: _Merged) -> ProfileError:
+def _schema_error(error: ValidationError, merged: Merged) -> ProfileError:
     order = {source.shown: rank for rank, source in enumerate(merged.sources)}
     problems = sorted(
         (_problem(dict(e), merged) for e in error.errors(include_url=False)),
@@ -394,7 +263,7 @@ def _schema_error(error: ValidationError, merged: _Merged) -> ProfileError:
     return ProfileError(message + more, path=shown, line=line, hint=hint)
 
 
-def _problem(error: dict[str, Any], merged: _Merged) -> tuple[str, int | None, str, str]:
+def _problem(error: dict[str, Any], merged: Merged) -> tuple[str, int | None, str, str]:
     """File, line, message and hint for one complaint of pydantic."""
     where: Where = error["loc"]
     file, line = merged.locate(where)
@@ -405,7 +274,7 @@ def _problem(error: dict[str, Any], merged: _Merged) -> tuple[str, int | None, s
             return file, line, f"unknown key {shown!r}", suggest(str(where[-1]), _keys(where[:-1]))
         case "missing":
             whole = len(where) == 1
-            table = f"[{where[0]}]" if where[0] not in _ARRAYS else f"[[{where[0]}]]"
+            table = f"[{where[0]}]" if where[0] not in ARRAYS else f"[[{where[0]}]]"
             hint = (f"add {table}" if shown in TABLES else f"add {shown} = ...") if whole else f"add it to {table}"
             message = f"key {shown!r} is missing"
             return (merged.sources[0].shown, None, message, f"{hint}; {see}") if whole else (file, line, message, hint)

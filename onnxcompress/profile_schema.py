@@ -1,7 +1,6 @@
-"""What a hardware profile holds: the tables of its file, and the questions asked of the whole.
+"""The whole of a hardware profile, and the questions asked of it.
 
-All tables are flat, and every number has a unit in its name or in docs/profiles.md. A price is linear in
-the work of a node and no coefficient is negative, so more work never costs less::
+A price is linear in the work of a node and no coefficient is negative, so more work never costs less::
 
     t = ns_fixed + ns_per_mac * macs + ns_per_element * elements + ns_per_weight * weights
         + ns_per_patch * patches
@@ -13,361 +12,40 @@ from memory because the model as a whole does not fit into the cache.
 
 from __future__ import annotations
 
-import datetime
-import difflib
 import itertools
-import re
-from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
-from typing import Annotated, Literal, TypeVar, get_args
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, Field
 
-from onnxcompress.errors import ProfileError, suggest
+from onnxcompress.profile_tables import (
+    LIST,
+    PRECISIONS,
+    Cache,
+    Device,
+    Energy,
+    Fusion,
+    Instructions,
+    Kernel,
+    Limits,
+    Memory,
+    Overhead,
+    Provenance,
+    Quantization,
+    Runtime,
+    Table,
+)
 from onnxcompress.target import Target
 from onnxcompress.work import FAMILY, KINDS, kinds_of
 
-__all__ = [
-    "INSTRUCTION_CLASSES",
-    "PRECISIONS",
-    "TABLES",
-    "Cache",
-    "Device",
-    "Energy",
-    "Fusion",
-    "Instructions",
-    "Kernel",
-    "Limits",
-    "Memory",
-    "Overhead",
-    "Profile",
-    "Provenance",
-    "Quantization",
-    "Runtime",
-]
-
-Precision = Literal["f32", "u8s8", "dynamic", "f16", "w8", "w4"]
-PRECISIONS: tuple[str, ...] = get_args(Precision)
-"""Ways to run a node: float32; integers between QuantizeLinear and DequantizeLinear (8-bit activations of the
-type ``quantization`` names, s8 weights); float activations quantized on the fly (DynamicQuantizeLinear, or
-DynamicQuantizeLSTM); float16; float activations with weights of 8 or 4 bits in blocks (MatMulNBits)."""
-
-Nanoseconds = Annotated[float, Field(ge=0)]
-_LIST = Field(strict=False)  # a TOML array, kept as a tuple
+__all__ = ["TABLES", "Profile"]
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Device(_Table):
-    """The hardware.
-
-    Attributes:
-        cpu: processor, by its public name.
-        cores: physical cores the device has (kernels are priced on one thread).
-        frequency_ghz: clock the numbers hold for.
-        isa: instruction set extensions that matter, as the operating system names them.
-        host: the profile is of the kind of machine people run the optimizer on, so latency is
-            measured where the processor here has ``isa``.
-        source: where this is from.
-    """
-
-    cpu: str
-    cores: int = Field(ge=1)
-    frequency_ghz: float = Field(gt=0)
-    isa: Annotated[tuple[str, ...], _LIST] = ()
-    host: bool = False
-    source: str = ""
-
-    def is_here(self) -> bool:
-        """Whether this process runs on such a device, as far as the operating system tells."""
-        if not self.host:
-            return False
-        try:
-            flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split()
-        except OSError:
-            return False
-        return set(self.isa) <= set(flags)
-
-
-class Provenance(_Table):
-    """How the numbers were obtained and how far they can be trusted.
-
-    Attributes:
-        status: ``measured`` on the device; ``emulated-ratios``: absolute speed fitted to published
-            milliseconds, ratios between precisions from instruction counts; ``published``: derived
-            from published measurements; ``spec``: from a data sheet.
-        method: what was done.
-        source: where the underlying numbers are from.
-        date: when.
-        error: mean relative error on work the fit had not seen, if that was measured.
-        notes: what is not validated.
-        fit_set: what the numbers were fitted to.
-        held_out: what they were checked on and not fitted to.
-        held_out_error: mean relative error there.
-        seconds: ``absolute``: seconds hold by themselves; ``ratios``: only relative to each other.
-            The weaker is assumed unless the stronger is claimed.
-        unverified: what nobody has checked; each entry starts with the dotted key it is about
-            ("energy.active_w: from memory").
-    """
-
-    status: Literal["measured", "emulated-ratios", "published", "spec"]
-    method: str
-    source: str
-    date: datetime.date
-    error: float | None = Field(default=None, ge=0)
-    notes: str = ""
-    fit_set: str = ""
-    held_out: str = ""
-    held_out_error: float | None = Field(default=None, ge=0)
-    seconds: Literal["absolute", "ratios"] = "ratios"
-    unverified: Annotated[tuple[str, ...], _LIST] = ()
-
-
-class Runtime(_Table):
-    """The runtime the numbers hold for; ``max_opset`` is the newest ONNX opset it reads, if that is a limit."""
-
-    name: str
-    version: str
-    threads: int = Field(ge=1)
-    contrib_ops: bool
-    max_opset: int | None = Field(default=None, ge=1)
-
-
-class Quantization(_Table):
-    """What quantized models must look like; see :class:`~onnxcompress.target.Target`."""
-
-    activation: Literal["u8", "s8"]
-    weight_bits: int = Field(ge=2, le=8)
-    per_channel: bool
-    channel_multiple: int = Field(ge=1)
-    activation_symmetric: bool = False
-    required: bool = False
-    source: str = ""
-
-
-class Limits(_Table):
-    """What does not fit, and what does not run.
-
-    Attributes:
-        flash_bytes: room for the model's file.
-        ram_bytes: room for activations.
-        ops: operator types the device can run; empty means any.
-        source: where this is from.
-    """
-
-    flash_bytes: int | None = Field(default=None, ge=1)
-    ram_bytes: int | None = Field(default=None, ge=1)
-    ops: Annotated[tuple[str, ...], _LIST] = ()
-    source: str = ""
-
-    @field_validator("ops")
-    @classmethod
-    def _known_ops(cls, ops: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(map(_operator, ops))
-
-
-class Overhead(_Table):
-    """Cost of running at all: per call of the model and per node that is dispatched."""
-
-    ns_per_run: Nanoseconds
-    ns_per_node: Nanoseconds
-    source: str = ""
-
-
-class Memory(_Table):
-    """What weights cost that do not stay in the cache from one run to the next.
-
-    Attributes:
-        cache_bytes: weights that together take no more than this stay; twice as many all come from memory.
-        ns_per_byte: for every byte that comes from memory, on top of the kernel.
-        bandwidth_gb_per_s: most a thread reads from memory, 1e9 bytes a second.
-        source: where the numbers come from.
-    """
-
-    cache_bytes: int = Field(ge=0)
-    ns_per_byte: Nanoseconds
-    bandwidth_gb_per_s: float | None = Field(default=None, gt=0)
-    source: str = ""
-
-
-class Cache(_Table):
-    """A level of the cache, nearest first; ``shared`` between cores."""
-
-    name: str
-    bytes: int = Field(ge=1)
-    shared: bool = False
-    source: str = ""
-
-
-class Kernel(_Table):
-    """Price of a kernel kind, or of one operator type, at a precision.
-
-    Attributes:
-        kind: a kind of :data:`~onnxcompress.work.KINDS`, or an operator type ("HardSwish"), which
-            then goes before its family.
-        precision: one of :data:`PRECISIONS`.
-        on: ``maps``: for feature maps (4-D and more) only.
-        ns_fixed: per node, besides ``overhead.ns_per_node``.
-        ns_per_mac: per multiply-accumulate.
-        ns_per_element: per activation element read or written.
-        ns_per_weight: per constant element read.
-        ns_per_patch: per element of the unfolded input (what one output channel reads).
-        channel_block: channels are rounded up to this multiple when MACs are counted.
-        aligned_to: channel counts that are no multiple of this fall off the fast path ...
-        misaligned_factor: ... and cost this many times as much.
-        fit_error: mean relative error of the fit on its own points.
-        source: where the numbers come from; the file's ``provenance.source`` if empty.
-    """
-
-    kind: str
-    precision: Precision
-    on: Literal["any", "maps"] = "any"
-    ns_fixed: Nanoseconds = 0.0
-    ns_per_mac: Nanoseconds = 0.0
-    ns_per_element: Nanoseconds = 0.0
-    ns_per_weight: Nanoseconds = 0.0
-    ns_per_patch: Nanoseconds = 0.0
-    channel_block: int = Field(default=1, ge=1)
-    aligned_to: int = Field(default=1, ge=1)
-    misaligned_factor: float = Field(default=1.0, ge=1)
-    fit_error: float | None = Field(default=None, ge=0)
-    source: str = ""
-
-    @field_validator("kind")
-    @classmethod
-    def _known_kind(cls, kind: str) -> str:
-        return kind if kind in KINDS else _operator(kind, *KINDS)
-
-
-class Fusion(_Table):
-    """Nodes that cost nothing because the runtime makes them part of a neighbour.
-
-    Attributes:
-        op: operator type of the neighbour.
-        absorbs: operator types it takes in, if nothing else reads the value between them.
-        side: ``after``: those that read its output; ``before``: those that make its first input.
-        precision: how the neighbour runs.
-        constant_operand: only if all other inputs of the absorbed node are constant.
-    """
-
-    op: str
-    absorbs: Annotated[tuple[str, ...], _LIST] = Field(min_length=1)
-    side: Literal["after", "before"] = "after"
-    precision: Precision = "f32"
-    constant_operand: bool = False
-
-    @field_validator("op")
-    @classmethod
-    def _known_op(cls, op: str) -> str:
-        return _operator(op)
-
-    @field_validator("absorbs")
-    @classmethod
-    def _known_ops(cls, ops: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(map(_operator, ops))
-
-
-class Energy(_Table):
-    """Energy of a run: by the time it takes and the power drawn meanwhile, or by what is computed and moved.
-
-    Attributes:
-        active_w: watts the device draws while one thread runs a model.
-        idle_w: watts it draws when nothing runs.
-        pj_per_mac_f32: picojoules of a multiply-accumulate in float32; likewise f16, int8.
-        pj_per_byte: picojoules of a byte from memory.
-        source: where the numbers come from.
-    """
-
-    active_w: float | None = Field(default=None, gt=0)
-    idle_w: float | None = Field(default=None, ge=0)
-    pj_per_mac_f32: float | None = Field(default=None, ge=0)
-    pj_per_mac_f16: float | None = Field(default=None, ge=0)
-    pj_per_mac_int8: float | None = Field(default=None, ge=0)
-    pj_per_byte: float | None = Field(default=None, ge=0)
-    source: str
-
-    @model_validator(mode="after")
-    def _says_something(self) -> Energy:
-        if self.active_w is None and self.pj_per_mac_f32 is None and self.pj_per_mac_int8 is None:
-            raise ValueError("energy needs active_w, or one of pj_per_mac_f32 and pj_per_mac_int8")
-        return self
-
-
-class Instructions(_Table):
-    """Cycles that an executed instruction of each class costs, and what that was fitted to.
-
-    Attributes:
-        core: the core, by the short name measurement files have ("a53").
-        runtime: what was run when they were fitted.
-        cycles_per_run: for a call of the model.
-        fit_set: what they were fitted to.
-        held_out: what they were checked on and not fitted to.
-        held_out_error: mean relative error there.
-        source: where the counts and times come from.
-    """
-
-    core: str
-    runtime: str
-    cycles_fma_f32: float = Field(default=0.0, ge=0)
-    cycles_fma_f16: float = Field(default=0.0, ge=0)
-    cycles_fp_other: float = Field(default=0.0, ge=0)
-    cycles_dot: float = Field(default=0.0, ge=0)
-    cycles_mmla: float = Field(default=0.0, ge=0)
-    cycles_imul_long: float = Field(default=0.0, ge=0)
-    cycles_imul: float = Field(default=0.0, ge=0)
-    cycles_simd_other: float = Field(default=0.0, ge=0)
-    cycles_ld_simd: float = Field(default=0.0, ge=0)
-    cycles_st_simd: float = Field(default=0.0, ge=0)
-    cycles_ld_int: float = Field(default=0.0, ge=0)
-    cycles_st_int: float = Field(default=0.0, ge=0)
-    cycles_branch: float = Field(default=0.0, ge=0)
-    cycles_int: float = Field(default=0.0, ge=0)
-    cycles_bytes_ld: float = Field(default=0.0, ge=0)
-    cycles_bytes_st: float = Field(default=0.0, ge=0)
-    cycles_per_run: float = Field(default=0.0, ge=0)
-    fit_set: str = ""
-    held_out: str = ""
-    held_out_error: float | None = Field(default=None, ge=0)
-    source: str = ""
-
-    @cached_property
-    def cycles(self) -> Mapping[str, float]:
-        """Cycles by instruction class; of bytes, per byte."""
-        return {name: getattr(self, f"cycles_{name}") for name in INSTRUCTION_CLASSES}
-
-    def seconds(self, counts: Mapping[str, float], frequency_ghz: float) -> float:
-        """Time of a run from how many instructions of each class it executes.
-
-        Args:
-            counts: instructions (or bytes) by class; classes left out count as none.
-            frequency_ghz: clock.
-
-        Raises:
-            ProfileError: there is no such class.
-        """
-        for name in counts:
-            if name not in self.cycles:
-                raise ProfileError(f"no instruction class is called {name!r}", hint=suggest(name, self.cycles))
-        cycles = self.cycles_per_run + sum(self.cycles[name] * count for name, count in counts.items())
-        return cycles / (frequency_ghz * 1e9)
-
-
-INSTRUCTION_CLASSES: tuple[str, ...] = tuple(
-    name.removeprefix("cycles_")
-    for name in Instructions.model_fields
-    if name.startswith("cycles_") and name != "cycles_per_run"
-)
-"""Classes of instructions that are counted; ``bytes_ld`` and ``bytes_st`` are bytes loaded and stored."""
-
-
-class Profile(_Table):
+class Profile(Table):
     """A device as a cost model sees it. Load one with :func:`~onnxcompress.profile_files.load_profile`.
 
-    ``overhead_``, ``memory_`` and ``kernels_`` are as in the file; ``overhead``, ``memory`` and ``kernels``
-    are what counts, with ``time_scale`` in them.
+    ``overhead_``, ``memory_``, ``caches_``, ``kernels_`` and ``fusions_`` are as in the file; the same names
+    without the underscore are what counts, with ``time_scale`` in them.
 
     Attributes:
         extends: the profile this one was merged into, by name or path.
@@ -379,7 +57,7 @@ class Profile(_Table):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     description: str
     extends: str | None = None
-    lineage: Annotated[tuple[str, ...], _LIST] = ()
+    lineage: Annotated[tuple[str, ...], LIST] = ()
     time_scale: float = Field(default=1.0, gt=0)
     device: Device
     provenance: Provenance
@@ -390,9 +68,9 @@ class Profile(_Table):
     memory_: Memory | None = Field(default=None, alias="memory")
     energy: Energy | None = None
     instructions: Instructions | None = None
-    caches: Annotated[tuple[Cache, ...], _LIST] = Field(default=(), alias="cache")
-    kernels_: Annotated[tuple[Kernel, ...], _LIST] = Field(alias="kernel", min_length=1)
-    fusions: Annotated[tuple[Fusion, ...], _LIST] = Field(default=(), alias="fusion")
+    caches_: Annotated[tuple[Cache, ...], LIST] = Field(default=(), alias="cache")
+    kernels_: Annotated[tuple[Kernel, ...], LIST] = Field(alias="kernel", min_length=1)
+    fusions_: Annotated[tuple[Fusion, ...], LIST] = Field(default=(), alias="fusion")
 
     @cached_property
     def overhead(self) -> Overhead:
@@ -408,6 +86,16 @@ class Profile(_Table):
     def kernels(self) -> tuple[Kernel, ...]:
         """Prices, ``time_scale`` included."""
         return tuple(_scaled(kernel, self.time_scale) for kernel in self.kernels_)
+
+    @cached_property
+    def caches(self) -> tuple[Cache, ...]:
+        """Levels of the cache, ``time_scale`` included."""
+        return tuple(_scaled(cache, self.time_scale) for cache in self.caches_)
+
+    @cached_property
+    def fusions(self) -> tuple[Fusion, ...]:
+        """What vanishes into what, ``time_scale`` included."""
+        return tuple(_scaled(fusion, self.time_scale) for fusion in self.fusions_)
 
     @cached_property
     def _table(self) -> dict[tuple[str, str, str], Kernel]:
@@ -483,7 +171,7 @@ TABLES: dict[str, type[BaseModel]] = {
 """Tables a file may have, by name."""
 
 
-_Timed = TypeVar("_Timed", Overhead, Memory, Kernel)
+_Timed = TypeVar("_Timed", Overhead, Memory, Cache, Kernel, Fusion)
 
 
 def _scaled(table: _Timed, factor: float) -> _Timed:
@@ -491,32 +179,3 @@ def _scaled(table: _Timed, factor: float) -> _Timed:
         return table
     times = (name for name in type(table).model_fields if name.startswith("ns_"))
     return table.model_copy(update={name: factor * getattr(table, name) for name in times})
-
-
-_CONTRIB = (
-    "Attention", "BiasGelu", "BiasSplitGelu", "ConvTransposeWithDynamicPads", "DequantizeWithOrder",
-    "EmbedLayerNormalization", "FusedConv", "FusedGemm", "FusedMatMul", "GemmFastGelu", "GroupQueryAttention",
-    "MatMulBnb4", "MatMulFpQ4", "MatMulIntegerToFloat", "MatMulNBits", "MultiHeadAttention", "NhwcConv",
-    "NhwcFusedConv", "NhwcMaxPool", "QAttention", "QGemm", "QMoE", "QuantizeWithOrder", "RotaryEmbedding",
-    "SkipSimplifiedLayerNormalization", "SparseAttention",
-)  # fmt: skip
-_TYPO = 0.85  # names more alike than this are the same one, misspelt
-
-
-def _operator(name: str, *kinds: str) -> str:
-    """The name, if it can be an operator type (or one of ``kinds``): one that is known, or like none of those.
-
-    Plug-ins and runtimes have operators of their own, so an unheard-of name is fine, and a near miss is not.
-    """
-    if name in FAMILY or kinds_of(name) != ("elementwise",):
-        return name
-    if re.fullmatch(r"[A-Z]\w*", name):
-        from onnx.defs import get_all_schemas  # takes a moment, and hardly a profile needs it
-
-        known = {*FAMILY, *_CONTRIB, *(s.name for s in get_all_schemas())}
-        near = difflib.get_close_matches(name, known - {name}, n=1, cutoff=_TYPO)
-        if name in known or not near:
-            return name
-        raise ValueError(f"no operator type is called {name!r}; {suggest(name, known)}")
-    what = "neither a kernel kind nor an operator type" if kinds else "not an operator type"
-    raise ValueError(f"{name!r} is {what}; {suggest(name, {*kinds, *FAMILY})}")
