@@ -1,31 +1,28 @@
 """What a model costs on a device: seconds, bytes and energy, node by node.
 
-``CostModel(profile)`` prices the work of nodes (:mod:`onnxcompress.work`) with the kernels of a profile.
-It counts what onnxruntime runs, not what the file says: nodes that only see constants are folded away,
-cheap activations run inside their producer, and in a quantized model a node between DequantizeLinear and
-QuantizeLinear is one integer kernel where the profile has one; where it has none the node runs in float
-and both conversions are paid.
+``CostModel(profile)`` prices the work of nodes (:mod:`onnxcompress.work`) with the kernels of a profile, for
+what the runtime really executes (:mod:`onnxcompress.execution`). Every price is a sum of quantities times
+coefficients of the profile, so a fit can turn the sums around: :meth:`CostModel.usage` gives the quantities.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import onnx_ir as ir
+import zstandard
 
-from onnxcompress.profile import Fusion, Kernel, Profile
+from onnxcompress.execution import Execution, bodies, float_name
+from onnxcompress.liveness import peak_activation_bytes
+from onnxcompress.profile_schema import Kernel, Profile
+from onnxcompress.sizes import ZSTD_LEVEL
 from onnxcompress.view import GraphView
-from onnxcompress.work import FAMILY, NodeWork, Shapes, is_constant, work_of
+from onnxcompress.work import NodeWork, Shapes, is_constant, work_of
 
-__all__ = ["CostModel", "ModelCost", "NodeCost", "NodeWork", "work_of"]
-
-_REMOVED = ("Identity", "Dropout", "Constant")
-_ALIASES = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", *_REMOVED)
-"""Operators whose output is their input's memory under another shape."""
+__all__ = ["CostModel", "Costing", "ModelCost", "NodeCost", "NodeWork", "Use", "work_of"]
 
 
 @dataclass(frozen=True)
@@ -42,8 +39,10 @@ class NodeCost:
         weight_bytes: bytes the constants take in the file; shared ones count at each node.
         seconds: time on the device.
         share: part of the model's seconds, 0..1.
-        inside: name of the node in whose kernel it runs for free; "" if it runs by itself.
+        inside: name of the node in whose kernel it runs; "" if it runs by itself.
         known: all shapes were known and the profile has a kernel; if not, ``seconds`` is too low.
+        energy_joule: energy of a run; None if the profile does not know.
+        zstd_bytes: what the constants take when compressed, each by itself; None if not asked for.
     """
 
     name: str
@@ -57,6 +56,8 @@ class NodeCost:
     share: float
     inside: str = ""
     known: bool = True
+    energy_joule: float | None = None
+    zstd_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class ModelCost:
         weight_bytes: bytes of all weights in the file, each once.
         peak_activation_bytes: most bytes of activations alive at once, in execution order.
         energy_joule: energy of a run; None if the profile does not know.
+        zstd_bytes: all weights compressed, each once and by itself; None if not asked for.
     """
 
     profile: str
@@ -82,6 +84,7 @@ class ModelCost:
     weight_bytes: int
     peak_activation_bytes: int
     energy_joule: float | None = None
+    zstd_bytes: int | None = None
 
     @property
     def unknown(self) -> tuple[str, ...]:
@@ -96,14 +99,51 @@ class ModelCost:
         return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
 
+class Quantities(NamedTuple):
+    """What the coefficients of a kernel are multiplied with, in the order of its fields."""
+
+    fixed: float
+    mac: float
+    element: float
+    weight: float
+    patch: float
+    segment: float
+
+
+class Missed(NamedTuple):
+    """Bytes of a node that a level of the cache does not hold."""
+
+    activations: float
+    weights: float
+
+
+@dataclass(frozen=True)
+class Use:
+    """One node's draw on the coefficients of a profile.
+
+    Attributes:
+        name: of the node.
+        key: of the kernel: (kind, precision, on), or of a fusion: ("fused", precision, operator type).
+        quantities: for a fusion only ``element`` counts.
+        missed: by level of the cache, nearest first, and of memory at last.
+        dispatched: nodes dispatched: 1, or 0 for what runs inside another.
+    """
+
+    name: str
+    key: tuple[str, str, str]
+    quantities: Quantities
+    missed: tuple[Missed, ...] = ()
+    dispatched: int = 1
+
+
 @dataclass(frozen=True)
 class CostModel:
     """Prices of one device.
 
     Args:
         profile: the device.
-        misses: share of the weights that comes from memory in every run, 0..1; a matter of the whole
-            model, see :meth:`for_model`.
+        weight_bytes: bytes of weights the whole model reads in a run, which decide what stays in the
+            caches from one run to the next; see :meth:`for_model`.
 
     Example:
         >>> from onnxcompress.profile import load_profile
@@ -116,26 +156,22 @@ class CostModel:
     """
 
     profile: Profile
-    misses: float = 0.0
+    weight_bytes: int = 0
 
     def for_model(self, view: GraphView, shapes: Shapes) -> CostModel:
         """These prices where the nodes of a model, and so the misses of its weights, are meant."""
-        return _Count(self, view, shapes).settled()
+        return self._settled(Execution(self.profile, view, shapes))
 
     def node(self, work: NodeWork, precision: str = "f32") -> float | None:
         """Seconds of one node at a precision; None if the device cannot run it so.
 
         Unknown shapes count as no work (``work.known`` tells).
         """
-        kernel = self.profile.kernel(work.kind, precision, op_type=_float_name(work.op_type), maps=work.maps)
+        kernel = self._kernel(work, precision)
         if kernel is None:
             return None
-        seconds = 1e-9 * (self.profile.overhead.ns_per_node + _nanoseconds(kernel, work))
-        if self.profile.memory is not None:
-            seconds += (
-                1e-9 * self.profile.memory.ns_per_byte * self.misses * work.weights * _bytes_per_weight(precision)
-            )
-        return seconds
+        nanoseconds = self.profile.overhead.ns_per_node + _price(kernel, _quantities(kernel, work, precision))
+        return 1e-9 * (nanoseconds + self._price_of_misses(self._missed(work, precision)))
 
     def convert(self, elements: int, direction: Literal["quantize", "dequantize"], *, maps: bool = False) -> float:
         """Seconds of a QuantizeLinear or DequantizeLinear of its own.
@@ -148,7 +184,7 @@ class CostModel:
         op = "QuantizeLinear" if direction == "quantize" else "DequantizeLinear"
         return self.node(NodeWork("", op, direction, maps, elements_in=elements, elements_out=elements)) or 0.0
 
-    def model(self, view: GraphView, shapes: Shapes) -> ModelCost:
+    def model(self, view: GraphView, shapes: Shapes, *, compressed: bool = False) -> ModelCost:
         """Cost of every node and of the whole.
 
         Of the branches of an If the dearer counts; the body of a Loop or Scan counts once.
@@ -156,208 +192,210 @@ class CostModel:
         Args:
             view: the model, float or quantized.
             shapes: concrete shapes by value name, as seen in a run.
+            compressed: also compress the weights, which takes a second for 100 MB.
         """
-        return _Count(self, view, shapes).result()
+        return Costing(self, view, shapes).cost(compressed=compressed)
+
+    def usage(self, view: GraphView, shapes: Shapes) -> tuple[Use, ...]:
+        """What a run of a model multiplies the coefficients of the profile with.
+
+        ``model(...).seconds`` is the sum of quantities times coefficients and of the overheads.
+        Nodes the profile has no kernel for are left out; control flow is not told apart.
+        """
+        execution = Execution(self.profile, view, shapes)
+        cost = self._settled(execution)
+        found = []
+        for node in view.nodes():
+            work, precision = execution.work(node), execution.precision(node)
+            if (rule := execution.rule.get(node)) is not None:
+                zero = Quantities(0.0, 0.0, float(work.elements_out), 0.0, 0.0, 0.0)
+                found.append(Use(work.name, ("fused", rule.precision, node.op_type), zero, dispatched=0))
+            elif execution.runs(node):
+                work = _converted(execution, node, work)
+                if (kernel := cost._kernel(work, precision)) is not None:
+                    quantities = _quantities(kernel, work, precision)
+                    key = (kernel.kind, kernel.precision, kernel.on)
+                    found.append(Use(work.name, key, quantities, cost._missed(work, precision)))
+        return tuple(found)
+
+    # --- parts of a price -------------------------------------------------------------------------------
+
+    def _settled(self, execution: Execution) -> CostModel:
+        nodes = execution.view.nodes()
+        total = sum(execution.work(n).weights * bytes_per_weight(execution.precision(n)) for n in nodes)
+        return replace(self, weight_bytes=int(total))
+
+    def _kernel(self, work: NodeWork, precision: str) -> Kernel | None:
+        return self.profile.kernel(work.kind, precision, op_type=float_name(work.op_type), maps=work.maps)
+
+    def _levels(self) -> Iterator[tuple[int, float, float]]:
+        """Of each level its bytes, and what a byte of activations and of weights costs that it does not hold."""
+        for cache in self.profile.caches:
+            yield cache.bytes, cache.ns_per_byte, cache.ns_per_weight_byte
+        if self.profile.memory is not None:
+            yield self.profile.memory.cache_bytes, 0.0, self.profile.memory.ns_per_byte
+
+    def _missed(self, work: NodeWork, precision: str) -> tuple[Missed, ...]:
+        weights = work.weights * bytes_per_weight(precision)
+        activations = work.elements * (1 if precision == "u8s8" else 4)
+        found = []
+        for size, *_ in self._levels():
+            # Weights are read in turn, so a cache that keeps the latest soon keeps none of the next run's.
+            gone = min(max((self.weight_bytes - size) / max(size, 1), 0.0), 1.0)
+            spilt = min(max(2 * (activations + weights) / max(size, 1) - 1, 0.0), 1.0)
+            found.append(Missed(activations * spilt, weights * gone))
+        return tuple(found)
+
+    def _price_of_misses(self, missed: Iterable[Missed]) -> float:
+        levels = zip(missed, self._levels(), strict=True)
+        return sum(m.activations * a + m.weights * w for m, (_, a, w) in levels)
 
 
-def _nanoseconds(kernel: Kernel, work: NodeWork) -> float:
+def _quantities(kernel: Kernel, work: NodeWork, precision: str) -> Quantities:
     padded, factor = 1.0, 1.0
     for channels in (work.in_channels, work.out_channels):
         if channels > 1:
             padded *= math.ceil(channels / kernel.channel_block) * kernel.channel_block / channels
             factor = factor if channels % kernel.aligned_to == 0 else kernel.misaligned_factor
-    return factor * (
-        kernel.ns_fixed
-        + kernel.ns_per_mac * work.macs * padded
-        + kernel.ns_per_element * work.elements
-        + kernel.ns_per_weight * work.weights
-        + kernel.ns_per_patch * work.patches
+    segments = work.segments_nhwc if precision == "u8s8" and work.maps else work.segments
+    quantities = (1.0, work.macs * padded, work.elements, work.weights, work.patches, segments)
+    return Quantities(*(factor * q for q in quantities))
+
+
+def _price(kernel: Kernel, quantities: Quantities) -> float:
+    return (
+        kernel.ns_fixed * quantities.fixed
+        + kernel.ns_per_mac * quantities.mac
+        + kernel.ns_per_element * quantities.element
+        + kernel.ns_per_weight * quantities.weight
+        + kernel.ns_per_patch * quantities.patch
+        + kernel.ns_per_segment * quantities.segment
     )
 
 
-def _bytes_per_weight(precision: str) -> int:
-    return 4 if precision == "f32" else 1
+def bytes_per_weight(precision: str) -> float:
+    """Bytes the kernels of a precision read for one weight."""
+    return {"f32": 4.0, "f16": 2.0, "w4": 0.5}.get(precision, 1.0)
 
 
-def _float_name(op_type: str) -> str:
-    """The float operator behind an integer one: QLinearConv is a Conv."""
-    for prefix in ("QLinear", "DynamicQuantize"):
-        if op_type.startswith(prefix) and len(op_type) > len(prefix):
-            return op_type.removeprefix(prefix)
-    return op_type.removesuffix("Integer")
+def _converted(execution: Execution, node: ir.Node, work: NodeWork) -> NodeWork:
+    """A conversion between moves changes no layout, whatever the rank."""
+    if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+        return replace(work, maps=work.maps and execution.keeps_layout(node))
+    return work
 
 
 @dataclass
-class _Count:
-    """Counting one model."""
+class Costing:
+    """A model's cost, kept so that a change of shapes prices only the nodes it touches.
 
-    cost: CostModel
+    Args:
+        prices: of the device.
+        view: the model.
+        shapes: concrete shapes by value name, as seen in a run.
+    """
+
+    prices: CostModel
     view: GraphView
     shapes: Shapes
-    inside: dict[ir.Node, ir.Node] = field(default_factory=dict)  # node -> the node whose kernel runs it
-    integer: set[ir.Node] = field(default_factory=set)
+    _execution: Execution = field(init=False)
+    _rows: dict[ir.Node, NodeCost] = field(init=False, default_factory=dict)
+    _packed: dict[int, int] = field(init=False, default_factory=dict)
 
-    def settled(self) -> CostModel:
-        memory = self.cost.profile.memory
-        if memory is None:
-            return self.cost
-        if not self.inside:
-            self._fuse(self.view.nodes())
-        work = ((work_of(self.view, n, self.shapes), self._precision(n)) for n in self.view.nodes())
-        resident = sum(w.weights * _bytes_per_weight(precision) for w, precision in work)
-        # Weights are read in turn, so a cache that keeps the latest soon keeps none of the next run's.
-        over = (resident - memory.cache_bytes) / max(memory.cache_bytes, 1)
-        return replace(self.cost, misses=min(max(over, 0.0), 1.0))
+    def __post_init__(self) -> None:
+        self._execution = Execution(self.prices.profile, self.view, self.shapes)
+        self.prices = self.prices._settled(self._execution)
 
-    def result(self) -> ModelCost:
-        nodes = self.view.nodes()
-        self._fuse(nodes)
-        self.cost = self.settled()
-        rows = {node: self._row(node) for node in nodes}
+    def reshaped(self, changes: Mapping[str, tuple[int, ...]]) -> Costing:
+        """The same model with other shapes; only nodes that read or make one of these values are priced anew.
+
+        Args:
+            changes: new shapes by value name.
+        """
+        other = Costing(self.prices, self.view, {**self.shapes, **changes})
+        if other.prices == self.prices:
+            touched = {
+                node
+                for node in self._rows
+                if any(v is not None and v.name in changes for v in (*node.inputs, *node.outputs))
+            }
+            other._rows = {n: row for n, row in self._rows.items() if n not in touched}
+        other._packed = self._packed
+        return other
+
+    def cost(self, *, compressed: bool = False) -> ModelCost:
+        """Cost of every node and of the whole.
+
+        Args:
+            compressed: also compress the weights.
+        """
+        rows = {node: self._row(node, compressed) for node in self.view.nodes()}
         for node in self._other_branches(rows):
-            rows[node] = _priced(rows[node], 0.0)
-        seconds = 1e-9 * self.cost.profile.overhead.ns_per_run + sum(r.seconds for r in rows.values())
+            rows[node] = replace(rows[node], seconds=0.0, energy_joule=None)
+        profile = self.prices.profile
+        seconds = 1e-9 * profile.overhead.ns_per_run + sum(r.seconds for r in rows.values())
         weights = {id(v): v.const_value for v in self.view.weights()}
-        energy = self.cost.profile.energy
+        tensors = [t for t in weights.values() if t is not None]
         return ModelCost(
-            profile=self.cost.profile.name,
-            nodes=tuple(_priced(r, r.seconds, seconds) for r in rows.values()),
+            profile=profile.name,
+            nodes=tuple(replace(r, share=r.seconds / seconds if seconds else 0.0) for r in rows.values()),
             seconds=seconds,
             macs=sum(r.macs for r in rows.values()),
-            params=sum(t.size for t in weights.values() if t is not None),
-            weight_bytes=sum(t.nbytes for t in weights.values() if t is not None),
-            peak_activation_bytes=self._peak(),
-            energy_joule=None if energy is None or energy.active_w is None else energy.active_w * seconds,
+            params=sum(t.size for t in tensors),
+            weight_bytes=sum(t.nbytes for t in tensors),
+            peak_activation_bytes=peak_activation_bytes(self._execution),
+            energy_joule=self._energy(rows.values(), seconds),
+            zstd_bytes=sum(map(self._compressed, tensors)) if compressed else None,
         )
 
-    # --- what runs inside what --------------------------------------------------------------------------
+    def _row(self, node: ir.Node, compressed: bool) -> NodeCost:
+        row = self._rows.get(node)
+        if row is None or (compressed and row.zstd_bytes is None):
+            row = self._rows[node] = self._priced(node, compressed)
+        return row
 
-    def _fuse(self, nodes: tuple[ir.Node, ...]) -> None:
-        for node in nodes:
-            if node in self.inside or node.op_type in ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"):
-                continue
-            if node.op_type == "MatMulInteger":
-                self._fuse_dynamic(node)
-            elif not self._fuse_integer(node):
-                self.inside.update(dict.fromkeys(self._followers(node, "f32"), node))
-                if (feeder := self._predecessor(node)) is not None:
-                    self.inside[feeder] = node
-        for node in nodes:
-            if node.op_type == "DequantizeLinear":
-                readers = [n for n, _ in self.view.consumers(node.outputs[0])]
-                if readers and all(n in self.integer for n in readers):
-                    self.inside[node] = readers[0]
-
-    def _followers(self, node: ir.Node, precision: str) -> list[ir.Node]:
-        """Nodes that vanish into a producer, one behind the other."""
-        rules = self._rules(node, precision, "after")
-        found: list[ir.Node] = []
-        last = node
-        while (reader := self._only_reader(last)) is not None:
-            others = [v for v in reader.inputs if v is not None and v is not last.outputs[0]]
-            constant = all(is_constant(self.view, v) for v in others)
-            if not any(reader.op_type in f.absorbs and (constant or not f.constant_operand) for f in rules):
-                break
-            if len(others) != sum(v is not None for v in reader.inputs) - 1:
-                break
-            found.append(reader)
-            last = reader
-        return found
-
-    def _rules(self, node: ir.Node, precision: str, side: str) -> list[Fusion]:
-        fusions = self.cost.profile.fusions
-        return [f for f in fusions if (f.op, f.precision, f.side) == (node.op_type, precision, side)]
-
-    def _predecessor(self, node: ir.Node) -> ir.Node | None:
-        """The node that vanishes into the one it feeds, as a Pad does into a Conv."""
-        rules = self._rules(node, "f32", "before")
-        feeder = self.view.producer(node.inputs[0]) if rules and node.inputs[0] is not None else None
-        if feeder is None or self._only_reader(feeder) is not node:
-            return None
-        constant = all(v is None or is_constant(self.view, v) for v in feeder.inputs[1:])
-        absorbed = any(feeder.op_type in f.absorbs and (constant or not f.constant_operand) for f in rules)
-        return feeder if absorbed else None
-
-    def _only_reader(self, node: ir.Node) -> ir.Node | None:
-        if len(node.outputs) != 1 or self.view.is_output(node.outputs[0]):
-            return None
-        readers = [n for n, _ in self.view.consumers(node.outputs[0])]
-        return readers[0] if len(set(readers)) == 1 else None
-
-    def _fuse_integer(self, node: ir.Node) -> bool:
-        """Whether a node between DequantizeLinear and QuantizeLinear is an integer kernel."""
-        data = [v for v in node.inputs if v is not None and not is_constant(self.view, v)]
-        if node.op_type == "Gather":  # looks up integers in an integer table, whatever the indices are
-            data = [v for v in node.inputs[:1] if v is not None]
-        fed = [self.view.producer(v) for v in data]
-        if not fed or any(n is None or n.op_type != "DequantizeLinear" for n in fed):
-            return False
-        followers = self._followers(node, "u8s8")
-        outputs = (followers[-1] if followers else node).outputs
-        readers = [n for v in outputs for n, _ in self.view.consumers(v)]
-        leaves = any(self.view.is_output(v) for v in outputs)
-        if leaves or not readers or any(n.op_type != "QuantizeLinear" for n in readers):
-            return False
-        if self.cost.node(work_of(self.view, node, self.shapes), "u8s8") is None:
-            return False
-        self.integer.add(node)
-        self.inside.update(dict.fromkeys((*followers, *readers), node))
-        return True
-
-    def _fuse_dynamic(self, node: ir.Node) -> None:
-        """DynamicQuantizeLinear, MatMulInteger, Cast, Mul by the scales: one kernel in onnxruntime."""
-        quantizer = self.view.producer(node.inputs[0]) if node.inputs[0] is not None else None
-        cast = self._only_reader(node)
-        scaled = self._only_reader(cast) if cast is not None and cast.op_type == "Cast" else None
-        if quantizer is None or quantizer.op_type != "DynamicQuantizeLinear" or cast is None or scaled is None:
-            return
-        if scaled.op_type != "Mul":
-            return
-        self.inside.update({quantizer: node, cast: node, scaled: node})
-        for value in scaled.inputs:
-            producer = None if value is None else self.view.producer(value)
-            if producer is not None and producer.op_type == "Mul" and self._only_reader(producer) is scaled:
-                self.inside[producer] = node
-
-    # --- prices -----------------------------------------------------------------------------------------
-
-    def _row(self, node: ir.Node) -> NodeCost:
-        work = work_of(self.view, node, self.shapes)
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            work = replace(work, maps=work.maps and self._keeps_layout(node))
-        precision = self._precision(node)
+    def _priced(self, node: ir.Node, compressed: bool) -> NodeCost:
+        execution = self._execution
+        work, precision = execution.work(node), execution.precision(node)
         known, seconds = work.known, 0.0
-        inside = self.inside.get(node)
-        if inside is None and node.op_type not in _REMOVED and not self._folded(node):
-            price = self.cost.node(work, precision)
+        inside = execution.inside.get(node)
+        if (rule := execution.rule.get(node)) is not None:
+            seconds = 1e-9 * rule.ns_per_element * work.elements_out
+        elif execution.runs(node):
+            price = self.prices.node(_converted(execution, node, work), precision)
             known, seconds = known and price is not None, price or 0.0
-        size = sum(t.nbytes for v in node.inputs if v is not None for t in self._stored(v))
+        tensors = [t for v in node.inputs if v is not None for t in self._stored(v)]
         return NodeCost(
-            work.name, work.op_type, work.kind, precision, work.macs, work.params, size, seconds, 0.0,
-            "" if inside is None else str(inside.name), known or inside is not None,
+            work.name, work.op_type, work.kind, precision, work.macs, work.params, sum(t.nbytes for t in tensors),
+            seconds, 0.0, "" if inside is None else str(inside.name), known or inside is not None,
+            self._joules(work, precision, seconds), sum(map(self._compressed, tensors)) if compressed else None,
         )  # fmt: skip
 
-    def _keeps_layout(self, node: ir.Node) -> bool:
-        """Whether the float side of a conversion is a kernel with a layout of its own, not a mere move."""
-        quantizes = node.op_type == "QuantizeLinear"
-        maker = self.view.producer(node.inputs[0]) if quantizes and node.inputs[0] is not None else None
-        others = [maker] if quantizes else [n for n, _ in self.view.consumers(node.outputs[0])]
-        return any(n is not None and FAMILY.get(n.op_type) not in ("move", "free") for n in others)
+    def _joules(self, work: NodeWork, precision: str, seconds: float) -> float | None:
+        """Of a node: what it computes and moves where the profile knows that, else power times time."""
+        energy = self.prices.profile.energy
+        if energy is None:
+            return None
+        by_precision = {"f32": energy.pj_per_mac_f32, "f16": energy.pj_per_mac_f16}
+        per_mac = by_precision.get(precision, energy.pj_per_mac_int8)
+        if per_mac is None:
+            return None if energy.active_w is None else energy.active_w * seconds
+        missed = self.prices._missed(work, precision)
+        far = missed[-1].activations + missed[-1].weights if missed else work.weights * bytes_per_weight(precision)
+        return 1e-12 * (per_mac * work.macs + (energy.pj_per_byte or 0.0) * far) + (energy.idle_w or 0.0) * seconds
 
-    def _precision(self, node: ir.Node) -> str:
-        if node in self.integer or node.op_type.startswith("QLinear"):
-            return "u8s8"
-        return "dynamic" if node.op_type in ("MatMulInteger", "ConvInteger", "DynamicQuantizeLSTM") else "f32"
+    def _energy(self, rows: Iterable[NodeCost], seconds: float) -> float | None:
+        energy = self.prices.profile.energy
+        if energy is None:
+            return None
+        if energy.active_w is not None and energy.pj_per_mac_f32 is None and energy.pj_per_mac_int8 is None:
+            return energy.active_w * seconds
+        return sum(row.energy_joule or 0.0 for row in rows)
 
-    def _folded(self, node: ir.Node) -> bool:
-        """Computed once, when the model is loaded. Of a DequantizeLinear that is not so."""
-        if node.op_type == "DequantizeLinear" or not node.outputs:
-            return False
-        return is_constant(self.view, node.outputs[0]) and not self._reads_dequantized(node)
-
-    def _reads_dequantized(self, node: ir.Node) -> bool:
-        producers = [self.view.producer(v) for v in node.inputs if v is not None]
-        return any(p is not None and (p.op_type == "DequantizeLinear" or self._reads_dequantized(p)) for p in producers)
+    def _compressed(self, tensor: ir.TensorProtocol) -> int:
+        if id(tensor) not in self._packed:
+            self._packed[id(tensor)] = len(zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(tensor.tobytes()))
+        return self._packed[id(tensor)]
 
     def _stored(self, value: ir.Value) -> Iterator[ir.TensorProtocol]:
         """Tensors in the file behind a constant."""
@@ -373,87 +411,7 @@ class _Count:
         """Nodes in the cheaper branches of every If."""
         idle: set[ir.Node] = set()
         for node in reversed(self.view.nodes("If")):
-            branches = [tuple(graph.all_nodes()) for graph in _bodies(node)]
+            branches = [tuple(graph.all_nodes()) for graph in bodies(node)]
             branches.sort(key=lambda branch: sum(rows[n].seconds for n in branch if n not in idle))
             idle.update(n for branch in branches[:-1] for n in branch)
         return idle
-
-    # --- memory -----------------------------------------------------------------------------------------
-
-    @cached_property
-    def _position(self) -> dict[ir.Node, int]:
-        """Step at which a node runs: of a body with its owner, inside a kernel with that kernel."""
-        steps: dict[ir.Node, int] = {}
-        for step, node in enumerate(self.view.nodes(subgraphs=False)):
-            steps[node] = step
-            steps.update({inner: step for graph in _bodies(node) for inner in graph.all_nodes()})
-        return {node: steps[self.inside.get(node, node)] for node in steps}
-
-    def _peak(self) -> int:
-        """Most bytes alive at once: from the node that makes a value to the last one that reads it."""
-        position, graph = self._position, self.view.model.graph
-        steps = len(self.view.nodes(subgraphs=False))
-        change = [0] * (steps + 2)
-        last: dict[ir.Value, int] = {}
-        values = [*graph.inputs, *(v for n in self.view.nodes(subgraphs=False) for v in n.outputs if v.name)]
-        values = [v for v in values if not is_constant(self.view, v)]
-        for value in reversed(values):  # readers of an alias read the memory it stands for
-            ends = [position[n] for n, _ in self.view.consumers(value)]
-            ends += [last[a] for a in self._aliases_of(value) if a in last]
-            last[value] = steps if value.is_graph_output() else max(ends, default=-1)
-        for value in values:
-            producer = self.view.producer(value)
-            start = 0 if producer is None else position[producer]
-            if self._has_memory(value):
-                end = max(last[value], start)
-                change[start] += self._bytes(value)
-                change[end + 1] -= self._bytes(value)
-        alive = peak = 0
-        for step in change:
-            alive += step
-            peak = max(peak, alive)
-        return peak
-
-    def _aliases_of(self, value: ir.Value) -> list[ir.Value]:
-        readers = [n for n, _ in self.view.consumers(value)]
-        return [n.outputs[0] for n in readers if self._is_alias(n, value)]
-
-    def _is_alias(self, node: ir.Node, value: ir.Value) -> bool:
-        dequantizes = node.op_type == "DequantizeLinear" and node in self.inside
-        return (node.op_type in _ALIASES or dequantizes) and bool(node.inputs) and node.inputs[0] is value
-
-    def _has_memory(self, value: ir.Value) -> bool:
-        """Not for another name of the same memory, nor for what only exists inside a kernel."""
-        producer = self.view.producer(value)
-        if producer is not None and producer.inputs and producer.inputs[0] is not None:
-            source = producer.inputs[0]
-            if self._is_alias(producer, source) and not is_constant(self.view, source):
-                return False
-        home = None if producer is None else self.inside.get(producer, producer)
-        readers = [n for n, _ in self.view.consumers(value)]
-        return value.is_graph_output() or not readers or any(self.inside.get(n, n) is not home for n in readers)
-
-    def _bytes(self, value: ir.Value) -> int:
-        shape = self.shapes.get(str(value.name))
-        if shape is None:
-            declared = value.shape
-            known = declared is not None and all(isinstance(d, int) for d in declared)
-            shape = tuple(d for d in declared if isinstance(d, int)) if known and declared is not None else ()
-        dtype = value.dtype
-        if dtype is None:
-            producer = self.view.producer(value)
-            dtype = ir.DataType.UINT8 if producer is not None and producer.op_type == "QuantizeLinear" else None
-        itemsize = 4.0 if dtype is None or dtype == ir.DataType.STRING else dtype.itemsize
-        return math.ceil(math.prod(shape) * itemsize)
-
-
-def _priced(row: NodeCost, seconds: float, total: float = 0.0) -> NodeCost:
-    return replace(row, seconds=seconds, share=seconds / total if total else 0.0)
-
-
-def _bodies(node: ir.Node) -> Iterator[ir.Graph]:
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield attribute.as_graph()
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            yield from attribute.as_graphs()

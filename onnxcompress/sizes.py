@@ -10,9 +10,9 @@ import zstandard
 
 from onnxcompress import model as models
 
-__all__ = ["FileSize", "file_size", "model_size"]
+__all__ = ["ZSTD_LEVEL", "FileSize", "file_size", "model_size"]
 
-_LEVEL = 3
+ZSTD_LEVEL = 3
 _CHUNK = 1 << 20
 
 
@@ -33,7 +33,7 @@ def file_size(*files: Path) -> FileSize:
     """Sizes of files that make up one model; read in pieces."""
     raw = packed = 0
     for file in files:
-        compressor = zstandard.ZstdCompressor(level=_LEVEL).compressobj()
+        compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compressobj()
         with file.open("rb") as stream:
             while chunk := stream.read(_CHUNK):
                 raw += len(chunk)

@@ -19,6 +19,8 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from onnxcompress.pieces import pieces
+
 if TYPE_CHECKING:  # profiles need the kinds, and not onnx-ir, which takes half a second to import
     import onnx_ir as ir
 
@@ -115,7 +117,11 @@ class NodeWork:
         elements_out: activation elements written.
         weights: constant elements read in a run; of a table that is gathered from, only the rows fetched.
         params: constant elements the node owns.
-        patches: input elements one output channel reads, counted once per use: the unfolded input.
+        patches: input elements one output channel reads, counted once per use: the unfolded input. Of
+            pooling, elements looked at.
+        segments: contiguous pieces the data is worked through in: windows of a convolution, rows of a
+            softmax, spans of a broadcast, copies of a Concat, steps of a recurrent layer.
+        segments_nhwc: the same where feature maps are kept with channels last, as integer kernels do.
         known: all shapes were known; if not, the unknown ones count as nothing.
     """
 
@@ -131,6 +137,8 @@ class NodeWork:
     weights: int = 0
     params: int = 0
     patches: int = 0
+    segments: int = 0
+    segments_nhwc: int = 0
     known: bool = True
 
     @property
@@ -178,13 +186,18 @@ def work_of(view: GraphView, node: ir.Node, shapes: Shapes) -> NodeWork:
     kind = kinds_of(op)[0]
     if kind == "gather":
         fetched = common.elements_out if constants else 0
-        return common.work(kind, weights=fetched)
+        rows = pieces(node, [look.shape(v) for v in inputs], outputs, kind, look.integers)[0]
+        return common.work(kind, weights=fetched, segments=rows, segments_nhwc=rows)
     if kind == "dequantize" and constants:  # of a weight: all of it is read and written like an activation
         return replace(common, elements_in=common.elements_out).work(kind)
     if op in ("Resize", "Upsample") and _text(node, "mode", "nearest") != "nearest":
         kind = "resize_linear"
     channels = first[1] if kind == "pool" and first is not None and len(first) > 1 else 0
-    return common.work(kind, weights=params, in_channels=channels, out_channels=channels)
+    segments, nhwc = pieces(node, [look.shape(v) for v in inputs], outputs, kind, look.integers)
+    return common.work(
+        kind, weights=params, in_channels=channels, out_channels=channels, segments=segments, segments_nhwc=nhwc,
+        patches=_pooled(node, first, outputs) if kind == "pool" else 0,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -199,11 +212,12 @@ class _Common:
 
     def work(
         self, kind: str, *, macs: int = 0, in_channels: int = 0, out_channels: int = 0,
-        weights: int = 0, patches: int = 0, known: bool = True,
+        weights: int = 0, patches: int = 0, segments: int = 0, segments_nhwc: int | None = None, known: bool = True,
     ) -> NodeWork:  # fmt: skip
         return NodeWork(
             self.name, self.op_type, kind, self.maps, macs, in_channels, out_channels, self.elements_in,
-            self.elements_out, weights, self.params, patches, self.known and known,
+            self.elements_out, weights, self.params, patches, segments,
+            segments if segments_nhwc is None else segments_nhwc, self.known and known,
         )  # fmt: skip
 
 
@@ -215,6 +229,13 @@ class _Look:
 
     def constant(self, value: ir.Value | None) -> bool:
         return value is not None and is_constant(self.view, value)
+
+    def integers(self, value: ir.Value | None) -> tuple[int, ...]:
+        """What a small constant says; nothing if it is not one."""
+        tensor = None if value is None else self.view.weight(value)
+        if tensor is None or tensor.size > 64:
+            return ()
+        return tuple(int(n) for n in tensor.numpy().ravel())
 
     def shape(self, value: ir.Value | None) -> tuple[int, ...] | None:
         if value is None:
@@ -286,7 +307,8 @@ def _convolution(node: ir.Node, look: _Look, common: _Common) -> NodeWork:
     channels = (1, outer * group) if kind == "conv_depthwise" else (inner, outer)
     return common.work(
         kind, macs=macs, in_channels=channels[0], out_channels=channels[1], weights=common.params,
-        patches=0 if pixels is None else pixels * inner * taps, known=pixels is not None,
+        patches=0 if pixels is None else pixels * inner * taps, segments=(pixels or 0) * taps * group,
+        known=pixels is not None,
     )  # fmt: skip
 
 
@@ -312,7 +334,8 @@ def _product(node: ir.Node, look: _Look, common: _Common) -> NodeWork:
     if not inner or out is None or not out:
         return common.work("matmul", weights=common.params, known=False)
     if not any(constant):
-        return common.work("matmul_dynamic", macs=math.prod(out) * inner)
+        products = math.prod(out[:-2]) if len(out) > 2 else 1
+        return common.work("matmul_dynamic", macs=math.prod(out) * inner, segments=products)
     columns = out[-1] if constant[1] else (out[-2] if len(out) > 1 else 1)
     rows = math.prod(out) // columns if columns else 0
     return common.work(
@@ -328,7 +351,18 @@ def _recurrent(node: ir.Node, look: _Look, common: _Common) -> NodeWork:
     if data is None or len(data) != 3 or None in weights:
         return common.work(kind, weights=common.params, known=False)
     steps, batch = (data[1], data[0]) if _flag(node, "layout") else (data[0], data[1])
-    return common.work(kind, macs=steps * batch * _count(weights), weights=common.params)
+    directions = (weights[0] or (1,))[0]
+    return common.work(
+        kind, macs=steps * batch * _count(weights), weights=common.params, segments=steps * directions
+    )
+
+
+def _pooled(node: ir.Node, data: Sequence[int] | None, outputs: Sequence[tuple[int, ...] | None]) -> int:
+    """Elements a pooling looks at, once per use."""
+    if node.op_type.startswith("Global"):
+        return math.prod(data or ())
+    window = node.attributes.get("kernel_shape")
+    return _count(outputs[:1]) * (math.prod(window.as_ints()) if window is not None else 1)
 
 
 def _pixels(shape: Sequence[int] | None) -> int | None:

@@ -1,0 +1,203 @@
+"""What onnxruntime runs of a model: which kernel runs which nodes, and at which precision.
+
+The file is not what runs. Nodes that only see constants are folded away, cheap activations run inside their
+producer, and in a quantized model a node between DequantizeLinear and QuantizeLinear is one integer kernel
+where the profile has one; where it has none the node runs in float and both conversions are paid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from onnxcompress.profile_schema import Fusion, Profile
+from onnxcompress.view import GraphView
+from onnxcompress.work import FAMILY, NodeWork, Shapes, is_constant, work_of
+
+__all__ = ["REMOVED", "Execution", "bodies", "float_name"]
+
+REMOVED = ("Identity", "Dropout", "Constant")
+"""Operators that are gone once a model is loaded."""
+
+_CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
+_DYNAMIC = ("MatMulInteger", "ConvInteger", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul")
+
+
+class Execution:
+    """A model as a profile's runtime executes it.
+
+    Args:
+        profile: the device.
+        view: the model.
+        shapes: concrete shapes by value name.
+
+    Attributes:
+        inside: node -> the node whose kernel runs it.
+        rule: absorbed node -> the rule that lets it vanish, where there is one.
+        integer: nodes that run as integer kernels.
+    """
+
+    def __init__(self, profile: Profile, view: GraphView, shapes: Shapes) -> None:
+        self.profile, self.view, self.shapes = profile, view, shapes
+        self.inside: dict[ir.Node, ir.Node] = {}
+        self.rule: dict[ir.Node, Fusion] = {}
+        self.integer: set[ir.Node] = set()
+        self._work: dict[ir.Node, NodeWork] = {}
+        self._by_op: dict[tuple[str, str, str], list[Fusion]] = {}
+        for fusion in profile.fusions:
+            self._by_op.setdefault((fusion.op, fusion.precision, fusion.side), []).append(fusion)
+        self._fuse(view.nodes())
+
+    # --- questions ---------------------------------------------------------------------------------------
+
+    def work(self, node: ir.Node) -> NodeWork:
+        """Work of a node."""
+        if node not in self._work:
+            self._work[node] = work_of(self.view, node, self.shapes)
+        return self._work[node]
+
+    def precision(self, node: ir.Node) -> str:
+        """How a node runs: "f32", "u8s8" or "dynamic"."""
+        if node in self.integer or node.op_type.startswith("QLinear"):
+            return "u8s8"
+        return "dynamic" if node.op_type in _DYNAMIC else "f32"
+
+    def runs(self, node: ir.Node) -> bool:
+        """Whether a kernel of its own runs a node."""
+        return node not in self.inside and node.op_type not in REMOVED and not self._folded(node)
+
+    def keeps_layout(self, node: ir.Node) -> bool:
+        """Whether the float side of a conversion is a kernel with a layout of its own, not a mere move."""
+        quantizes = node.op_type == "QuantizeLinear"
+        maker = self.view.producer(node.inputs[0]) if quantizes and node.inputs[0] is not None else None
+        others = [maker] if quantizes else [n for n, _ in self.view.consumers(node.outputs[0])]
+        return any(n is not None and FAMILY.get(n.op_type) not in ("move", "free") for n in others)
+
+    def _folded(self, node: ir.Node) -> bool:
+        """Computed once, when the model is loaded. Of a DequantizeLinear that is not so."""
+        if node.op_type == "DequantizeLinear" or not node.outputs:
+            return False
+        return is_constant(self.view, node.outputs[0]) and not self._reads_dequantized(node)
+
+    def _reads_dequantized(self, node: ir.Node) -> bool:
+        producers = [self.view.producer(v) for v in node.inputs if v is not None]
+        return any(p is not None and (p.op_type == "DequantizeLinear" or self._reads_dequantized(p)) for p in producers)
+
+    # --- what runs inside what --------------------------------------------------------------------------
+
+    def _fuse(self, nodes: tuple[ir.Node, ...]) -> None:
+        for node in nodes:
+            if node in self.inside or node.op_type in _CONVERSIONS:
+                continue
+            if node.op_type == "MatMulInteger":
+                self._fuse_dynamic(node)
+            elif not self._fuse_integer(node):
+                for follower, rule in self._followers(node, "f32"):
+                    self._absorb(node, follower, rule)
+                if (feeder := self._predecessor(node)) is not None:
+                    self._absorb(node, *feeder)
+        for node in nodes:
+            if node.op_type == "DequantizeLinear":
+                readers = [n for n, _ in self.view.consumers(node.outputs[0])]
+                if readers and all(n in self.integer for n in readers):
+                    self.inside[node] = readers[0]
+
+    def _absorb(self, node: ir.Node, other: ir.Node, rule: Fusion) -> None:
+        self.inside[other] = node
+        self.rule[other] = rule
+
+    def _followers(self, node: ir.Node, precision: str) -> list[tuple[ir.Node, Fusion]]:
+        """Nodes that vanish into a producer, one behind the other, each with the rule that says so."""
+        rules = self._rules(node, precision, "after")
+        found: list[tuple[ir.Node, Fusion]] = []
+        last = node
+        while rules and (reader := self._only_reader(last)) is not None:
+            others = [v for v in reader.inputs if v is not None and v is not last.outputs[0]]
+            if len(others) != sum(v is not None for v in reader.inputs) - 1:
+                break
+            rule = self._rule_for(reader, rules, all(is_constant(self.view, v) for v in others))
+            if rule is None:
+                break
+            found.append((reader, rule))
+            last = reader
+        return found
+
+    @staticmethod
+    def _rule_for(node: ir.Node, rules: list[Fusion], constant: bool) -> Fusion | None:
+        fitting = (f for f in rules if node.op_type in f.absorbs and (constant or not f.constant_operand))
+        return next(fitting, None)
+
+    def _rules(self, node: ir.Node, precision: str, side: str) -> list[Fusion]:
+        return self._by_op.get((node.op_type, precision, side), [])
+
+    def _predecessor(self, node: ir.Node) -> tuple[ir.Node, Fusion] | None:
+        """The node that vanishes into the one it feeds, as a Pad does into a Conv."""
+        rules = self._rules(node, "f32", "before")
+        feeder = self.view.producer(node.inputs[0]) if rules and node.inputs[0] is not None else None
+        if feeder is None or self._only_reader(feeder) is not node:
+            return None
+        constant = all(v is None or is_constant(self.view, v) for v in feeder.inputs[1:])
+        rule = self._rule_for(feeder, rules, constant)
+        return None if rule is None else (feeder, rule)
+
+    def _only_reader(self, node: ir.Node) -> ir.Node | None:
+        if len(node.outputs) != 1 or self.view.is_output(node.outputs[0]):
+            return None
+        readers = [n for n, _ in self.view.consumers(node.outputs[0])]
+        return readers[0] if len(set(readers)) == 1 else None
+
+    def _fuse_integer(self, node: ir.Node) -> bool:
+        """Whether a node between DequantizeLinear and QuantizeLinear is an integer kernel."""
+        data = [v for v in node.inputs if v is not None and not is_constant(self.view, v)]
+        if node.op_type == "Gather":  # looks up integers in an integer table, whatever the indices are
+            data = [v for v in node.inputs[:1] if v is not None]
+        fed = [self.view.producer(v) for v in data]
+        if not fed or any(n is None or n.op_type != "DequantizeLinear" for n in fed):
+            return False
+        followers = self._followers(node, "u8s8")
+        outputs = (followers[-1][0] if followers else node).outputs
+        readers = [n for v in outputs for n, _ in self.view.consumers(v)]
+        leaves = any(self.view.is_output(v) for v in outputs)
+        if leaves or not readers or any(n.op_type != "QuantizeLinear" for n in readers):
+            return False
+        work = self.work(node)
+        if self.profile.kernel(work.kind, "u8s8", op_type=float_name(node.op_type), maps=work.maps) is None:
+            return False
+        self.integer.add(node)
+        for follower, rule in followers:
+            self._absorb(node, follower, rule)
+        self.inside.update(dict.fromkeys(readers, node))
+        return True
+
+    def _fuse_dynamic(self, node: ir.Node) -> None:
+        """DynamicQuantizeLinear, MatMulInteger, Cast, Mul by the scales: one kernel in onnxruntime."""
+        quantizer = self.view.producer(node.inputs[0]) if node.inputs[0] is not None else None
+        cast = self._only_reader(node)
+        scaled = self._only_reader(cast) if cast is not None and cast.op_type == "Cast" else None
+        if quantizer is None or quantizer.op_type != "DynamicQuantizeLinear" or cast is None or scaled is None:
+            return
+        if scaled.op_type != "Mul":
+            return
+        self.inside.update({quantizer: node, cast: node, scaled: node})
+        for value in scaled.inputs:
+            producer = None if value is None else self.view.producer(value)
+            if producer is not None and producer.op_type == "Mul" and self._only_reader(producer) is scaled:
+                self.inside[producer] = node
+
+
+def float_name(op_type: str) -> str:
+    """The float operator behind an integer one: QLinearConv is a Conv."""
+    for prefix in ("QLinear", "DynamicQuantize"):
+        if op_type.startswith(prefix) and len(op_type) > len(prefix):
+            return op_type.removeprefix(prefix)
+    return op_type.removesuffix("Integer")
+
+
+def bodies(node: ir.Node) -> Iterator[ir.Graph]:
+    """Graphs a node of control flow holds."""
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()
