@@ -155,8 +155,7 @@ class ChannelStep:
 
     Attributes:
         count: channels now.
-        below: the next lower count at which the price steps down; None if none is near, so that
-            each channel saves its share.
+        below: the next lower count at which the price steps down, but not below half; None if none is near.
         between: (least, most) seconds of the counts between; None if there are none.
         above: a higher count that is cheaper than the present one; None if there is none.
     """
@@ -183,7 +182,7 @@ def channel_step(price: Callable[[int], float], count: int) -> ChannelStep:
     now = last = price(count)
     passed: list[float] = []
     below = None
-    for fewer_ in range(count - 1, max(count - _LOOK, 0), -1):
+    for fewer_ in range(count - 1, max(count - _LOOK, count // 2) - 1, -1):
         seconds = price(fewer_)
         if last - seconds >= _STEP * now / count and seconds < now:
             below = fewer_
@@ -221,7 +220,9 @@ def channel_options(cost: CostModel, work: NodeWork, precision: str, now: float)
         options.append(at(step.below, "; ".join(filter(None, (_between(step, now), with_it)))))
     half = count // 2
     if half not in (0, step.below):
-        options.append(at(half, "" if options else with_it or "no steps: each channel saves its share"))
+        flat = price(half) > LOSES * now
+        smooth = f"{half} channels cost the same" if flat else with_it or "no steps: each channel saves its share"
+        options.append(at(half, "" if options else smooth))
     if step.above is not None:
         options.append(at(step.above, f"{step.above} channels take less time than {count}: more can be faster"))
     return options

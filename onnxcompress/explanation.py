@@ -2,7 +2,8 @@
 
 Every figure is the cost model's word on the same layer done otherwise. No data is needed, and nothing is
 said about accuracy: that a form is fast does not mean that the model survives it. What can run at all
-is asked of the installed passes, so it is what `optimize` could do.
+is asked of the installed passes, so it is what `optimize` could do, and the model is looked at as `optimize`
+does: a copy in memory, with constants folded and batch normalizations fused.
 
 - A **layer** is a node with all that runs in its kernel; ``ratio`` is its seconds now over then.
 - **int8, f16** hold data in another form, so both ends have to be converted where neighbours do not. ``alone``
@@ -23,6 +24,7 @@ from functools import cached_property
 import onnx_ir as ir
 
 from onnxcompress import model as models
+from onnxcompress import registry
 from onnxcompress.alternatives import (
     LOSES,
     Option,
@@ -34,11 +36,16 @@ from onnxcompress.alternatives import (
     spent_on,
     times,
 )
-from onnxcompress.base import Precision
+from onnxcompress.base import Pass, Precision, Stage
+from onnxcompress.calibrate import value_shapes
+from onnxcompress.data import open_data
 from onnxcompress.forms import Forms
 from onnxcompress.inspection import ModelLike, with_shapes
 from onnxcompress.profile import Profile, load_profile
 from onnxcompress.regions import Form, Layer, Region
+from onnxcompress.statistics import Evidence
+from onnxcompress.target import Target
+from onnxcompress.trial import tidy
 from onnxcompress.view import GraphView
 from onnxcompress.work import FAMILY, NodeWork, Shapes
 
@@ -131,7 +138,8 @@ class ModelExplanation:
 
     Attributes:
         profile: name of the device.
-        seconds: predicted now.
+        nodes: in the file, and after tidying.
+        seconds: predicted, after tidying.
         spent: what the time goes to, shares, most first; what is missing to 1 is the overhead of a run.
         matters: names of the five dearest layers.
         families: by kind of change.
@@ -141,6 +149,7 @@ class ModelExplanation:
     """
 
     profile: str
+    nodes: tuple[int, int]
     seconds: float
     spent: Mapping[str, float]
     matters: tuple[str, ...]
@@ -167,8 +176,18 @@ def explain(
         DataError: ``shapes`` names an input the model does not have.
     """
     device = profile if isinstance(profile, Profile) else load_profile(os.fspath(profile))
-    bound, seen = with_shapes(model, shapes or {})
-    return _Explainer(GraphView(models.infer_types(bound)), device, seen).result()
+    bound = with_shapes(model, shapes or {})
+    tidied = models.infer_types(_tidied(bound, device.target()))
+    seen = value_shapes(tidied, open_data(None, bound).first())
+    return _Explainer(GraphView(tidied), device, seen).result(len(GraphView(bound).nodes()))
+
+
+def _tidied(model: ir.Model, target: Target) -> ir.Model:
+    """The model as `optimize` looks at it: after the lossless passes that need no data."""
+    for cls in registry.available().values():
+        if cls.lossless and cls.stage is Stage.NORMALISE and cls.needs is Pass.needs:
+            model = tidy(model, cls(), target, lambda view, choices: Evidence(synthetic=True)).model
+    return model
 
 
 class _Explainer:
@@ -181,7 +200,7 @@ class _Explainer:
         )  # fmt: skip
         self._seen: dict[tuple[NodeWork, str, float], list[Option]] = {}
 
-    def result(self) -> ModelExplanation:
+    def result(self, nodes: int) -> ModelExplanation:
         layers = tuple(
             self._explained(layer)
             for layer in self.forms.layers
@@ -194,6 +213,7 @@ class _Explainer:
         dearest = sorted(layers, key=lambda layer: -layer.seconds)[:_MATTER]
         return ModelExplanation(
             profile=self.total.profile,
+            nodes=(nodes, len(self.rows)),
             seconds=self.total.seconds,
             spent=dict(sorted(spent.items(), key=lambda item: -item[1])),
             matters=tuple(layer.name for layer in dearest),
@@ -355,7 +375,7 @@ class _Explainer:
         if layer.name in self.forms.static and not why:
             why = f"the profile has no int8 kernel for this {op}"
         if not why:
-            return ""
+            return f"no int8 form of {op} is on offer" if self.work[layer.name].macs else ""
         able = form.seconds
         before = [v for v in layer.reads if self.forms.writers.get(v) in able]
         after = [v for v in layer.writes if any(r in able for r in self.forms.readers.get(v, ()))]
@@ -372,9 +392,9 @@ def _in_region(layer: Layer, form: Form, region: Region, seconds: float) -> Opti
     why = f"{times(layer.seconds / then)} in its region of {len(region.layers)} layers{paid}"
     around = f"{duration(region.middle[name])} of conversions"
     if name in region.best and then > layer.seconds:
-        why += f"; as float amid int8 it would cause {around}"
+        why += f"; as float amid the others it would cause {around}"
     elif name not in region.best:
-        why += f"; in the cheapest mix it stays float, with {around}"
+        why += "; in the cheapest mix it stays float" + (f", for all the {around}" if region.middle[name] else "")
     return option(form.kind, f"region of {len(region.layers)} layers", layer.seconds, then, why)
 
 

@@ -40,18 +40,26 @@ def inspect(
         DataError: ``shapes`` names an input the model does not have.
     """
     device = profile if isinstance(profile, Profile) else load_profile(os.fspath(profile))
-    bound, seen = with_shapes(model, shapes or {})
-    return CostModel(device).model(GraphView(bound), seen)
+    bound = with_shapes(model, shapes or {})
+    return CostModel(device).model(GraphView(bound), value_shapes(bound, open_data(None, bound).first()))
 
 
-def with_shapes(model: ModelLike, shapes: Mapping[str, tuple[int, ...]]) -> tuple[ir.Model, dict[str, tuple[int, ...]]]:
-    """A copy of a model with these shapes of its inputs, and the shape of every value in a run on made-up data.
+def with_shapes(model: ModelLike, shapes: Mapping[str, tuple[int, ...]]) -> ir.Model:
+    """A copy of a model, or of a file, with these shapes of its inputs.
 
     Raises:
         DataError: the model has no such input, or one of another rank.
     """
-    bound = _bound(_load(model), shapes)
-    return bound, value_shapes(bound, open_data(None, bound).first())
+    copy = models.clone(_load(model))
+    inputs = {str(v.name): v for v in copy.graph.inputs}
+    for name, shape in shapes.items():
+        if name not in inputs:
+            raise DataError("the model has no such input", input=name, hint=suggest(name, inputs))
+        declared = inputs[name].shape
+        if declared is not None and len(declared) != len(shape):
+            raise DataError(f"has rank {len(declared)}, not {len(shape)}", input=name)
+        inputs[name].shape = ir.Shape(shape)
+    return copy
 
 
 def compare(
@@ -76,16 +84,3 @@ def verify(
 
 def _load(model: ModelLike) -> ir.Model:
     return models.load(model) if isinstance(model, (str, os.PathLike)) else model
-
-
-def _bound(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> ir.Model:
-    copy = models.clone(model)
-    inputs = {str(v.name): v for v in copy.graph.inputs}
-    for name, shape in shapes.items():
-        if name not in inputs:
-            raise DataError("the model has no such input", input=name, hint=suggest(name, inputs))
-        declared = inputs[name].shape
-        if declared is not None and len(declared) != len(shape):
-            raise DataError(f"has rank {len(declared)}, not {len(shape)}", input=name)
-        inputs[name].shape = ir.Shape(shape)
-    return copy

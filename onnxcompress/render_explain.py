@@ -33,7 +33,7 @@ def explanation(what: ModelExplanation, *, verbose: bool = False) -> RenderableT
     ]
     parts: list[RenderableType] = [
         Text(f"{milliseconds(1e3 * what.seconds)} predicted on {what.profile}", style="bold"),
-        Text(f"the time goes to: {spent}"),
+        Text(f"looked at after tidying: {what.nodes[1]} of {plural(what.nodes[0], 'node')}; the time goes to: {spent}"),
         section("What could help", columns(map(_family, what.families), _FAMILY_HEADS, right=[1, 2, 3])),
         section("What matters", columns(dearest, ("layer", "op", "time", "share", "helps most"), right=[2, 3])),
     ]
@@ -64,7 +64,7 @@ def _family(one: Family) -> tuple[str, str, str, str, str]:
 
 
 def _regions(what: ModelExplanation) -> list[str]:
-    lines = []
+    lines: list[str] = []
     many = [r for r in what.regions if len(r.layers) > 1]
     for number, region in sorted(enumerate(what.regions), key=lambda item: item[1].seconds_best - item[1].seconds):
         saved = region.seconds - region.seconds_best
