@@ -17,7 +17,8 @@
     ├── RewriteError                  6   an edit that cannot be made
     │   └── StaleViewError                a view was used after the model changed
     ├── OutputError                   7   the result cannot be written
-    └── ZooError                      8   a zoo model cannot be fetched
+    ├── ZooError                      8   a zoo model cannot be fetched
+    └── EmulatorError                 9   the emulator is not set up, or failed
 
 Each says what is wrong, where, and what to do next (``hint``).
 """
@@ -30,6 +31,7 @@ from pathlib import Path
 
 __all__ = [
     "DataError",
+    "EmulatorError",
     "MeasurementError",
     "ModelError",
     "ModelReadError",
@@ -187,3 +189,7 @@ class OutputError(OnnxCompressError):
 
 class ZooError(OnnxCompressError):
     exit_code = 8
+
+
+class EmulatorError(OnnxCompressError):
+    exit_code = 9

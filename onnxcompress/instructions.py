@@ -79,4 +79,5 @@ def seconds(profile: Profile, counts: Mapping[str, float], *, ghz: float | None 
         True
     """
     clock = profile.device.frequency_ghz if ghz is None else ghz
-    return instructions_of(profile).seconds({name: counts.get(name, 0.0) for name in CLASSES}, clock)
+    executed = {name: counts.get(name, 0.0) for name in CLASSES}
+    return profile.time_scale * instructions_of(profile).seconds(executed, clock)

@@ -23,6 +23,7 @@ from onnxcompress.profile_tables import (
     PRECISIONS,
     Cache,
     Device,
+    Emulation,
     Energy,
     Fusion,
     Instructions,
@@ -68,6 +69,7 @@ class Profile(Table):
     memory_: Memory | None = Field(default=None, alias="memory")
     energy: Energy | None = None
     instructions: Instructions | None = None
+    emulation: Emulation | None = None
     caches_: Annotated[tuple[Cache, ...], LIST] = Field(default=(), alias="cache")
     kernels_: Annotated[tuple[Kernel, ...], LIST] = Field(alias="kernel", min_length=1)
     fusions_: Annotated[tuple[Fusion, ...], LIST] = Field(default=(), alias="fusion")
@@ -166,7 +168,7 @@ class Profile(Table):
 TABLES: dict[str, type[BaseModel]] = {
     "device": Device, "provenance": Provenance, "runtime": Runtime, "quantization": Quantization, "limits": Limits,
     "overhead": Overhead, "memory": Memory, "energy": Energy, "instructions": Instructions, "cache": Cache,
-    "kernel": Kernel, "fusion": Fusion,
+    "emulation": Emulation, "kernel": Kernel, "fusion": Fusion,
 }  # fmt: skip
 """Tables a file may have, by name."""
 

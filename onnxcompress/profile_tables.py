@@ -21,6 +21,7 @@ __all__ = [
     "PRECISIONS",
     "Cache",
     "Device",
+    "Emulation",
     "Energy",
     "Fusion",
     "Instructions",
@@ -363,6 +364,24 @@ INSTRUCTION_CLASSES: tuple[str, ...] = tuple(
     if name.startswith("cycles_") and name != "cycles_per_run"
 )
 """Classes of instructions that are counted; ``bytes_ld`` and ``bytes_st`` are bytes loaded and stored."""
+
+
+class Emulation(Table):
+    """How an emulator passes for the core; see :mod:`onnxcompress.emulation`.
+
+    Attributes:
+        cpu: the emulator's name of the core, or of the nearest it has.
+        midr: what the core's identification register reads, by which runtimes choose kernels ("0x410fd034").
+        features: instruction set extensions as Linux names them in /proc/cpuinfo.
+        l1_bytes: first-level data cache it says it has.
+        l2_bytes: second-level cache it says it has.
+    """
+
+    cpu: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    midr: str = Field(pattern=r"^0x[0-9a-f]{8}$")
+    features: Annotated[tuple[str, ...], LIST] = Field(min_length=1)
+    l1_bytes: int = Field(default=32768, ge=1024)
+    l2_bytes: int = Field(default=524288, ge=1024)
 
 
 _CONTRIB = (
