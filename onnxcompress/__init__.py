@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from onnxcompress.base import Choice, Pass, Precision, Site, Skip, Skipped, Stage, Term
     from onnxcompress.errors import OnnxCompressError
+    from onnxcompress.explanation import explain
     from onnxcompress.inspection import compare, inspect, verify
     from onnxcompress.pipeline import Result, optimize
     from onnxcompress.report import Budget, Report
@@ -43,6 +44,7 @@ __all__ = [
     "Target",
     "Term",
     "compare",
+    "explain",
     "inspect",
     "optimize",
     "verify",
@@ -59,6 +61,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 _HOMES = {
     "base": ("Choice", "Pass", "Precision", "Site", "Skip", "Skipped", "Stage", "Term"),
     "errors": ("OnnxCompressError",),
+    "explanation": ("explain",),
     "inspection": ("compare", "inspect", "verify"),
     "pipeline": ("Result", "optimize"),
     "report": ("Budget", "Report"),
