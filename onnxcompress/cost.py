@@ -17,7 +17,7 @@ import zstandard
 
 from onnxcompress.execution import Execution, bodies, float_name
 from onnxcompress.liveness import peak_activation_bytes
-from onnxcompress.profile_schema import Kernel, Profile
+from onnxcompress.profile import Kernel, Profile
 from onnxcompress.sizes import ZSTD_LEVEL
 from onnxcompress.view import GraphView
 from onnxcompress.work import NodeWork, Shapes, is_constant, work_of

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from onnxcompress.profile_schema import Fusion, Profile
+from onnxcompress.profile_schema import Profile
+from onnxcompress.profile_tables import Fusion
 from onnxcompress.view import GraphView
 from onnxcompress.work import FAMILY, NodeWork, Shapes, is_constant, work_of
 

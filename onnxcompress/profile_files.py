@@ -224,8 +224,10 @@ def _check_unverified(profile: Profile, merged: Merged) -> None:
     for entry in profile.provenance.unverified:
         table, _, key = entry.partition(":")[0].strip().partition(".")
         known = _KEYS_OF_THE_WHOLE if table not in TABLES else _keys((table,))
+        if table == "kernel":  # "kernel.Conv" or "kernel.Conv.u8s8"
+            known = [name for k in profile.kernels_ for name in (k.kind, f"{k.kind}.{k.precision}")]
         wrong = table if table not in _KEYS_OF_THE_WHOLE else key
-        if table in _KEYS_OF_THE_WHOLE and (not key or table in ARRAYS or key in known):
+        if table in _KEYS_OF_THE_WHOLE and (not key or key in known or table in ("cache", "fusion")):
             continue
         message = f"unverified: {entry!r} starts with no key of a profile"
         shown, line = merged.locate(where)

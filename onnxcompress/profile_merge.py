@@ -82,6 +82,8 @@ def merge(source: Source, into: Merged) -> None:
     """Lays a file over what it extends."""
     parent = into.data
     data = {key: value for key, value in parent.items() if key not in _OWN}
+    if isinstance(data.get("kernel"), list):
+        data["kernel"] = [_attributed(kernel, parent) for kernel in data["kernel"]]
     into.owners = {where: owner for where, owner in into.owners.items() if where[0] not in _OWN}
     for key, value in source.data.items():
         if key in ARRAYS and isinstance(value, list):
@@ -109,7 +111,7 @@ def _merge_array(source: Source, into: Merged, data: dict[str, Any], key: str, v
         own = {_identity(entry) for entry in value}
         origins = into.entries[key]
         taken = zip(before, origins, strict=True)
-        kept = [(_attributed(e, into.data), o) for e, o in taken if _identity(e) not in own]
+        kept = [(e, o) for e, o in taken if _identity(e) not in own]
     data[key] = [*(entry for entry, _ in kept), *value]
     into.entries[key] = [*(origin for _, origin in kept), *((source, index) for index in range(len(value)))]
     into.owners[(key,)] = source
@@ -145,9 +147,10 @@ def _inherit_doubts(source: Source, parent: dict[str, Any], data: dict[str, Any]
 
 
 def _gives(data: dict[str, Any], dotted: str) -> bool:
-    """Whether a file itself has a value for a key such as ``energy.active_w`` or ``kernel.Conv``."""
+    """Whether a file itself has a value for a key such as ``energy.active_w`` or ``kernel.Conv.u8s8``."""
     table, _, key = dotted.strip().partition(".")
     found = data.get(table)
     if isinstance(found, list) and table == "kernel":
-        return bool(key) and any(isinstance(e, dict) and e.get("kind") == key.partition(".")[0] for e in found)
+        own = {(str(e.get("kind")), str(e.get("precision"))) for e in found if isinstance(e, dict)}
+        return any(key in (kind, f"{kind}.{precision}") for kind, precision in own)
     return found is not None and (not isinstance(found, dict) or key in found)

@@ -101,7 +101,7 @@ class Profile(Table):
 
     @cached_property
     def _table(self) -> dict[tuple[str, str, str], Kernel]:
-        return {(k.kind, k.precision, k.on): k for k in self.kernels}
+        return {(_bare(k.kind), k.precision, k.on): k for k in self.kernels}
 
     @cached_property
     def _found(self) -> dict[tuple[str, str, str, bool], Kernel | None]:
@@ -109,7 +109,7 @@ class Profile(Table):
 
     @cached_property
     def _ops(self) -> frozenset[str]:
-        return frozenset() if self.limits is None else frozenset(self.limits.ops)
+        return frozenset() if self.limits is None else frozenset(map(_bare, self.limits.ops))
 
     def kernel(self, kind: str, precision: str, *, op_type: str = "", maps: bool = False) -> Kernel | None:
         """The kernel that prices a node; None if the runtime cannot run it at this precision.
@@ -140,7 +140,7 @@ class Profile(Table):
 
     def target(self) -> Target:
         """What passes may know."""
-        own = {k.kind for k in self.kernels_ if k.kind not in KINDS}
+        own = {_bare(k.kind) for k in self.kernels_ if k.kind not in KINDS}
         runs: set[tuple[str, str]] = {(k.kind, k.precision) for k in self.kernels_ if k.kind in KINDS}
         for op, precision in itertools.product({*FAMILY, "Conv", "Gemm", "MatMul", *own}, PRECISIONS):
             kinds = itertools.product(kinds_of(op), (False, True))
@@ -171,6 +171,11 @@ TABLES: dict[str, type[BaseModel]] = {
     "emulation": Emulation, "kernel": Kernel, "fusion": Fusion,
 }  # fmt: skip
 """Tables a file may have, by name."""
+
+
+def _bare(op_type: str) -> str:
+    """The operator type without its domain, as nodes have it."""
+    return op_type.rpartition(".")[2]
 
 
 _Timed = TypeVar("_Timed", Overhead, Memory, Cache, Kernel, Fusion)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import difflib
-import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +11,8 @@ from typing import Annotated, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from onnxcompress.errors import ProfileError, suggest
-from onnxcompress.work import FAMILY, KINDS, kinds_of
+from onnxcompress.operators import known_operator
+from onnxcompress.work import KINDS
 
 __all__ = [
     "INSTRUCTION_CLASSES",
@@ -154,7 +153,7 @@ class Limits(Table):
     @field_validator("ops")
     @classmethod
     def _known_ops(cls, ops: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(map(_operator, ops))
+        return tuple(known_operator(op, qualified=True) for op in ops)
 
 
 class Overhead(Table):
@@ -205,8 +204,8 @@ class Kernel(Table):
     """Price of a kernel kind, or of one operator type, at a precision.
 
     Attributes:
-        kind: a kind of :data:`~onnxcompress.work.KINDS`, or an operator type ("HardSwish"), which
-            then goes before its family.
+        kind: a kind of :data:`~onnxcompress.work.KINDS`, or an operator type ("HardSwish"; one that is not
+            of ONNX or onnxruntime with its domain, "com.example.Fly"), which then goes before its family.
         precision: one of :data:`PRECISIONS`.
         on: ``maps``: for feature maps (4-D and more) only.
         ns_fixed: per node, besides ``overhead.ns_per_node``.
@@ -240,7 +239,7 @@ class Kernel(Table):
     @field_validator("kind")
     @classmethod
     def _known_kind(cls, kind: str) -> str:
-        return kind if kind in KINDS else _operator(kind, *KINDS)
+        return known_operator(kind, besides=KINDS, qualified=True)
 
 
 class Fusion(Table):
@@ -265,12 +264,12 @@ class Fusion(Table):
     @field_validator("op")
     @classmethod
     def _known_op(cls, op: str) -> str:
-        return _operator(op)
+        return known_operator(op)
 
     @field_validator("absorbs")
     @classmethod
     def _known_ops(cls, ops: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(map(_operator, ops))
+        return tuple(known_operator(op) for op in ops)
 
 
 class Energy(Table):
@@ -382,32 +381,3 @@ class Emulation(Table):
     features: Annotated[tuple[str, ...], LIST] = Field(min_length=1)
     l1_bytes: int = Field(default=32768, ge=1024)
     l2_bytes: int = Field(default=524288, ge=1024)
-
-
-_CONTRIB = (
-    "Attention", "BiasGelu", "BiasSplitGelu", "ConvTransposeWithDynamicPads", "DequantizeWithOrder",
-    "EmbedLayerNormalization", "FusedConv", "FusedGemm", "FusedMatMul", "GemmFastGelu", "GroupQueryAttention",
-    "MatMulBnb4", "MatMulFpQ4", "MatMulIntegerToFloat", "MatMulNBits", "MultiHeadAttention", "NhwcConv",
-    "NhwcFusedConv", "NhwcMaxPool", "QAttention", "QGemm", "QMoE", "QuantizeWithOrder", "RotaryEmbedding",
-    "SkipSimplifiedLayerNormalization", "SparseAttention",
-)  # fmt: skip
-_TYPO = 0.85  # names more alike than this are the same one, misspelt
-
-
-def _operator(name: str, *kinds: str) -> str:
-    """The name, if it can be an operator type (or one of ``kinds``): one that is known, or like none of those.
-
-    Plug-ins and runtimes have operators of their own, so an unheard-of name is fine, and a near miss is not.
-    """
-    if name in FAMILY or kinds_of(name) != ("elementwise",):
-        return name
-    if re.fullmatch(r"[A-Z]\w*", name):
-        from onnx.defs import get_all_schemas  # takes a moment, and hardly a profile needs it
-
-        known = {*FAMILY, *_CONTRIB, *(s.name for s in get_all_schemas())}
-        near = difflib.get_close_matches(name, known - {name}, n=1, cutoff=_TYPO)
-        if name in known or not near:
-            return name
-        raise ValueError(f"no operator type is called {name!r}; {suggest(name, known)}")
-    what = "neither a kernel kind nor an operator type" if kinds else "not an operator type"
-    raise ValueError(f"{name!r} is {what}; {suggest(name, {*kinds, *FAMILY})}")

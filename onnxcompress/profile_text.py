@@ -18,6 +18,7 @@ __all__ = ["dumps", "line_of"]
 _HEADER = re.compile(r"\s*(\[\[?)\s*([\w.\"-]+)\s*\]")
 _KEY = re.compile(r"\s*[\"']?([\w-]+)[\"']?\s*[=.]")
 _QUOTED = re.compile(r"\"(?:[^\"\\]|\\.)*\"|'[^']*'|#.*")
+_OPENER = re.compile(r"[^=]*=\s*(\"{3}|'{3})")
 _WIDTH = 110
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
@@ -53,7 +54,8 @@ def line_of(text: str, where: Sequence[str | int]) -> int | None:
             continue
         if path == tuple(where[: len(path)]) and (best is None or len(path) > best[0]):
             best = (len(path), number)
-        quote = next((q for q in ('"""', "'''") if line.count(q) % 2), "")
+        opened = _OPENER.match(line)
+        quote = opened[1] if opened and opened[1] not in line[opened.end() :] else ""
         depth = 0 if quote else max(0, _opened(line))
     return None if best is None else best[1]
 
@@ -126,9 +128,9 @@ def _number(value: float, where: str) -> str:
 def _text(value: str) -> str:
     if "\n" not in value:
         return _quoted(value)
-    escaped = value.replace("\\", "\\\\").replace('"""', '""\\"')
-    if escaped.endswith('"'):
-        escaped = escaped[:-1] + '\\"'
+    escaped = value.replace("\\", "\\\\")
+    if '"""' in escaped or escaped.endswith('"'):
+        escaped = escaped.replace('"', '\\"')
     escaped = _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", escaped)
     return f'"""\n{escaped}"""'
 

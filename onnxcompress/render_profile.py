@@ -58,7 +58,7 @@ def profile(what: Profile) -> RenderableType:
         parts.append(section("Cycles of an instruction", _facts(_cycles(what))))
     parts.append(section(_title(what), _kernels(what)))
     if what.fusions:
-        parts.append(section("Free, as a part of another node", _fusions(what)))
+        parts.append(section("Run as a part of another node", _fusions(what)))
     return Group(*parts)
 
 
@@ -68,7 +68,11 @@ def _facts(rows: Iterable[tuple[str, str]]) -> RenderableType:
 
 def _device(what: Profile) -> list[tuple[str, str]]:
     device, runtime = what.device, what.runtime
-    kinds = [f"{c.name} {size(c.bytes)}{' (shared)' if c.shared else ''}" for c in what.caches]
+    caches = [
+        f"{c.name} {size(c.bytes)}{' shared' if c.shared else ''}"
+        + (f" (misses {c.ns_per_byte:.3g}, of weights {c.ns_per_weight_byte:.3g} ns a byte)" if c.ns_per_byte else "")
+        for c in what.caches
+    ]
     opset = "" if runtime.max_opset is None else f", up to opset {runtime.max_opset}"
     contrib = ", with com.microsoft operators" if runtime.contrib_ops else ", standard operators only"
     return [
@@ -76,7 +80,7 @@ def _device(what: Profile) -> list[tuple[str, str]]:
         ("time scale", f"all times x {what.time_scale:g}" if what.time_scale != 1 else ""),
         ("device", f"{device.cpu}, {plural(device.cores, 'core')} at {device.frequency_ghz:g} GHz"),
         ("instructions", " ".join(device.isa)),
-        ("caches", ", ".join(kinds)),
+        ("caches", ", ".join(caches)),
         ("memory", _memory(what)),
         ("energy", "" if what.energy is None else _energy(what.energy)),
         ("runtime", f"{runtime.name} {runtime.version}, {plural(runtime.threads, 'thread')}{contrib}{opset}"),
@@ -178,11 +182,12 @@ def _title(what: Profile) -> str:
 
 
 def _kernels(what: Profile) -> RenderableType:
+    prices = [key for key in type(what.kernels[0]).model_fields if key.startswith("ns_")]
     rows = [
         (
             k.kind + (" (maps)" if k.on == "maps" else ""),
             k.precision,
-            *map(_ns, (k.ns_fixed, k.ns_per_mac, k.ns_per_element, k.ns_per_weight, k.ns_per_patch)),
+            *(_ns(getattr(k, key)) for key in prices),
             str(k.channel_block) if k.channel_block > 1 else "",
             f"{k.misaligned_factor:g}x off {k.aligned_to}" if k.aligned_to > 1 else "",
             _percent(k.fit_error),
@@ -190,9 +195,10 @@ def _kernels(what: Profile) -> RenderableType:
         )
         for k in what.kernels
     ]
-    prices = ("fixed", "MAC", "element", "weight", "patch")
-    heads = ("kernel", "precision", *prices, "block", "alignment", "fit error", "source")
-    return used_columns(rows, heads, right=(2, 3, 4, 5, 6, 7, 9))
+    named = [key.removeprefix("ns_").removeprefix("per_") for key in prices]
+    heads = ("kernel", "precision", *named, "block", "alignment", "fit error", "source")
+    numbers = range(2, 3 + len(prices))
+    return used_columns(rows, heads, right=(*numbers, numbers.stop + 1))
 
 
 def _ns(value: float) -> str:
@@ -206,8 +212,9 @@ def _fusions(what: Profile) -> RenderableType:
             f.precision,
             f.side,
             ", ".join(f.absorbs),
+            _ns(f.ns_per_element),
             "if its other inputs are constant" if f.constant_operand else "",
         )
         for f in what.fusions
     ]
-    return used_columns(rows, ("node", "precision", "side", "takes in", ""), ())
+    return used_columns(rows, ("node", "precision", "side", "takes in", "ns an element", ""), (4,))
