@@ -122,6 +122,9 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
 def canonicalize(model: ir.Model) -> list[str]:
     """Brings an ``ir.Model`` to the form :func:`load` promises; returns what was changed."""
     changed: list[str] = []
+    if not _in_order(model.graph):  # onnxruntime loads it (its own quantizer writes such), the standard forbids it
+        model.graph.sort()
+        changed.append("nodes were not in the order of their inputs and were sorted")
     if model.functions:
         changed.append(f"{len(model.functions)} local functions were inlined")
         InlinePass()(model)
@@ -256,6 +259,26 @@ def all_graphs(model: ir.Model) -> Iterator[ir.Graph]:
     """The main graph, then every subgraph of If, Loop and Scan, outermost first."""
     yield model.graph
     yield from model.graph.subgraphs()
+
+
+def _in_order(graph: ir.Graph) -> bool:
+    """Whether every node comes after what makes its inputs, and those its subgraphs capture."""
+    made: set[ir.Value] = set()
+    for node in graph:
+        read = [v for inner in (node, *_nodes_within(node)) for v in inner.inputs if v is not None]
+        if any((maker := v.producer()) is not None and maker.graph is graph and v not in made for v in read):
+            return False
+        made.update(node.outputs)
+    return True
+
+
+def _nodes_within(node: ir.Node) -> Iterator[ir.Node]:
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield from attribute.as_graph().all_nodes()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            for graph in attribute.as_graphs():
+                yield from graph.all_nodes()
 
 
 def clone(model: ir.Model) -> ir.Model:

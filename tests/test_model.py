@@ -400,3 +400,20 @@ def test_weight_bytes_count_bodies_too() -> None:
                         else_branch = e () => (float[2] p) { p = Add(x, w) }> }"""
     )
     assert models.weight_bytes(model) == 16
+
+
+def test_a_capture_made_later_is_sorted(tmp_path: Path) -> None:
+    """onnxruntime's own quantizer appends nodes that bodies before them read."""
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]>
+        agraph (float[2] x, bool c) => (float[2] y) {
+            y = If (c) <then_branch = t () => (float[2] a) { a = Neg(late) },
+                        else_branch = e () => (float[2] b) { b = Identity(x) }>
+            late = Abs(x)
+        }""")
+    path = tmp_path / "unsorted.onnx"
+    path.write_bytes(model.SerializeToString())
+    loaded = models.load(path)
+    assert [n.op_type for n in loaded.graph] == ["Abs", "If"]
+    assert any("sorted" in note for note in models.notes(loaded))
+    models.clone(loaded)
