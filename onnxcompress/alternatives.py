@@ -119,12 +119,13 @@ def spent_on(cost: CostModel, work: NodeWork, precision: str) -> dict[str, float
 
     now = price(work)
     memory = now - price(work, replace(cost, weight_bytes=0))
+    still = replace(work, elements_in=0, elements_out=0, patches=0, segments=0, segments_nhwc=0)
     parts = {
         "arithmetic": now - price(replace(work, macs=0)),
-        "activations": now - price(replace(work, elements_in=0, elements_out=0, patches=0)),
+        "activations": now - price(still),
         "weights": now - price(replace(work, weights=0)) - memory,
         "memory": memory,
-        "dispatch": price(replace(work, macs=0, elements_in=0, elements_out=0, patches=0, weights=0)),
+        "dispatch": price(replace(still, macs=0, weights=0)),
     }
     total = sum(max(p, 0.0) for p in parts.values())
     shares = {name: max(part, 0.0) / total for name, part in parts.items()} if total > 0 else {}
@@ -135,7 +136,7 @@ def spent_on(cost: CostModel, work: NodeWork, precision: str) -> dict[str, float
 
 
 def fewer(work: NodeWork, channels: int) -> NodeWork:
-    """The node with this many output channels (per group). What it reads stays, but of a depthwise one."""
+    """The node with this many output channels (per group). What it reads stays, but that of a depthwise one."""
     share = channels / work.out_channels
     reads = share if work.kind == "conv_depthwise" else 1.0
     return replace(
@@ -145,6 +146,8 @@ def fewer(work: NodeWork, channels: int) -> NodeWork:
         weights=round(work.weights * share),
         params=round(work.params * share),
         elements_in=round(work.elements_in * reads),
+        segments=round(work.segments * reads),
+        segments_nhwc=round(work.segments_nhwc * reads),
         elements_out=round(work.elements_out * share),
     )
 
@@ -257,14 +260,15 @@ def factors(work: NodeWork, rank: int) -> tuple[NodeWork, NodeWork]:
     out, inner = work.out_channels, work.macs // work.elements_out
     rows = work.elements_out // out
     bias = max(work.params - inner * out, 0)
-    kind = work.kind if work.kind.startswith("matmul") else "conv_pointwise"
+    product = work.kind.startswith("matmul")
     first = replace(
         work, out_channels=rank, macs=rows * inner * rank, weights=inner * rank, params=inner * rank,
         elements_out=rows * rank,
     )  # fmt: skip
     second = replace(
-        work, kind=kind, in_channels=rank, macs=rows * rank * out, weights=rank * out + bias,
-        params=rank * out + bias, elements_in=rows * rank, patches=rows * rank,
+        work, kind=work.kind if product else "conv_pointwise", in_channels=rank, macs=rows * rank * out,
+        weights=rank * out + bias, params=rank * out + bias, elements_in=rows * rank, patches=rows * rank,
+        segments=work.segments if product else rows, segments_nhwc=work.segments_nhwc if product else rows,
     )  # fmt: skip
     return first, second
 

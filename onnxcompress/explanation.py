@@ -244,7 +244,7 @@ class _Explainer:
             o.why: None for layer in layers for o in layer.options if o.kind == kind and o.verdict == "impossible"
         }
         why = "" if touched else next(iter(reasons), "") if len(reasons) == 1 else "possible nowhere"
-        return Family(kind, touched, gaining, self.total.seconds / then, why)
+        return Family(kind, touched, gaining, self.total.seconds / then if then > 0 else 1.0, why)
 
     # --- one layer ------------------------------------------------------------------------------
 
@@ -261,7 +261,7 @@ class _Explainer:
             nodes=tuple(str(n.name) for n in layer.nodes[1:]),
             precision=row.precision,
             seconds=layer.seconds,
-            share=layer.seconds / self.total.seconds,
+            share=layer.seconds / self.total.seconds if self.total.seconds else 0.0,
             spent=spent,
             note=_note(spent) if row.known else "its shapes or its kernel are not known, so this is too low",
             region=self._numbers.get(layer.name),
@@ -306,13 +306,13 @@ class _Explainer:
 
     def _dynamic_option(self, layer: Layer) -> Option:
         if layer.name not in self.forms.dynamic:
-            why = self.forms.refused.get(layer.name) if self.view.quantized_nodes else None
+            why = self.forms.refused.get(layer.name)
             return impossible("dynamic", "", why or f"no dynamic int8 form of {layer.nodes[0].op_type} is on offer")
         # what runs in a float or integer kernel but not in the dynamic one becomes a node of its own
         apart = [
             str(n.name) for n in layer.nodes if str(n.name) in self.forms.covered and self.rows[str(n.name)].inside
         ]
-        more = sum(self.cost.node(self.work[name]) or 0.0 for name in apart)
+        more = sum((self.cost.node(self.work[name]) or 0.0) - self.rows[name].seconds for name in apart)
         return self._swapped(Precision.DYNAMIC, layer, more, "its conversions included")
 
     @cached_property

@@ -110,20 +110,27 @@ class Forms:
     def _in_form(self, precision: str, layers: Sequence[Layer]) -> dict[str, float]:
         found: dict[str, float] = {}
         for layer in layers:
-            runs = [n for n in layer.nodes if n is layer.nodes[0] or not self._absorbed(n, layer, precision)]
-            prices = [p for n in runs if (p := self.cost.node(self.work[str(n.name)], precision)) is not None]
-            if len(prices) == len(runs):
+            parts = [self._part(node, layer, precision) for node in layer.nodes]
+            prices = [p for p in parts if p is not None]
+            if len(prices) == len(parts):
                 found[layer.name] = sum(prices)
         return found
 
-    def _absorbed(self, node: ir.Node, layer: Layer, precision: str) -> bool:
-        """Whether a node of a layer runs in the layer's kernel at a precision, too."""
+    def _part(self, node: ir.Node, layer: Layer, precision: str) -> float | None:
+        """What a node of a layer adds to its seconds at a precision."""
         name = str(node.name)
-        if precision == Precision.STATIC and name in self.static:
-            rules = (f for f in self.profile.fusions if f.precision == precision and f.op == layer.nodes[0].op_type)
-            return any(node.op_type in rule.absorbs for rule in rules)
-        free = bool(self.rows[name].inside) or not self.rows[name].seconds
-        return free or (precision == Precision.STATIC and name in self.covered)
+        work, row, integer = self.work[name], self.rows[name], precision == Precision.STATIC
+        if node is layer.nodes[0]:
+            return self.cost.node(work, precision)
+        if integer and (name in self.static or name in self.covered):
+            rules = [f for f in self.profile.fusions if f.precision == precision and f.op == layer.nodes[0].op_type]
+            for rule in rules:
+                if node.op_type in rule.absorbs:
+                    return 1e-9 * rule.ns_per_element * work.elements_out
+            return 0.0 if name in self.covered else self.cost.node(work, precision)
+        if row.inside or not row.seconds:  # it goes into the weights, or is fused in float and so in this form
+            return row.seconds
+        return self.cost.node(work, precision)
 
     def _is_float(self, layer: Layer) -> bool:
         """Whether it works on float32 and could be float16 instead."""
