@@ -198,7 +198,22 @@ class _Explainer:
         self.cost, self.total, self.work, self.rows = (
             self.forms.cost, self.forms.total, self.forms.work, self.forms.rows,
         )  # fmt: skip
+        int8 = self.forms.both[0].seconds
+        no_float = [
+            n for n in self.forms.layers if not n.seconds and self._price(n, self.rows[n.name].precision) is None
+        ]
+        self.only_int8 = {layer.name: int8[layer.name] for layer in no_float if layer.name in int8}
+        self.seconds = self.total.seconds + sum(self.only_int8.values())
         self._seen: dict[tuple[NodeWork, str, float], list[Option]] = {}
+
+    def _price(self, layer: Layer, precision: str) -> float | None:
+        return self.cost.node(self.work[layer.name], precision)
+
+    def _now(self, layer: Layer) -> tuple[str, float]:
+        """How a layer runs and for how long; as int8 where the device runs nothing else."""
+        if layer.name in self.only_int8:
+            return Precision.STATIC, self.only_int8[layer.name]
+        return self.rows[layer.name].precision, layer.seconds
 
     def result(self, nodes: int) -> ModelExplanation:
         layers = tuple(
@@ -214,7 +229,7 @@ class _Explainer:
         return ModelExplanation(
             profile=self.total.profile,
             nodes=(nodes, len(self.rows)),
-            seconds=self.total.seconds,
+            seconds=self.seconds,
             spent=dict(sorted(spent.items(), key=lambda item: -item[1])),
             matters=tuple(layer.name for layer in dearest),
             families=tuple(self._family(kind, layers) for kind in _KINDS),
@@ -226,31 +241,33 @@ class _Explainer:
                 for r in self.forms.regions["int8"]
             ),
             layers=layers,
-            unknown=self.total.unknown,
+            unknown=tuple(name for name in self.total.unknown if name not in self.only_int8),
         )  # fmt: skip
 
     def _family(self, kind: str, layers: Sequence[Explanation]) -> Family:
         touched = gaining = 0.0
-        then = self.total.seconds
+        possible = False
+        then = self.seconds
         for layer in layers:
             found = [o for o in layer.options if o.kind == kind and o.seconds is not None and o.keeps >= 0.99 * _MOST]
             touched += layer.share if found else 0.0
+            possible |= bool(found)
             gains = [o.seconds for o in found if o.verdict == "gains" and o.seconds is not None]
             gaining += layer.share if gains else 0.0
             then -= layer.seconds - min(gains) if gains else 0.0
         if kind in self.forms.regions:
-            then = self.total.seconds - sum(r.seconds_float - r.seconds_best for r in self.forms.regions[kind])
+            then = self.seconds - sum(r.seconds_float - r.seconds_best for r in self.forms.regions[kind])
         reasons = {
             o.why: None for layer in layers for o in layer.options if o.kind == kind and o.verdict == "impossible"
         }
-        why = "" if touched else next(iter(reasons), "") if len(reasons) == 1 else "possible nowhere"
-        return Family(kind, touched, gaining, self.total.seconds / then if then > 0 else 1.0, why)
+        why = "" if possible else next(iter(reasons), "") if len(reasons) == 1 else "possible nowhere"
+        return Family(kind, touched, gaining, self.seconds / then if then > 0 else 1.0, why)
 
     # --- one layer ------------------------------------------------------------------------------
 
     def _explained(self, layer: Layer) -> Explanation:
-        row, work = self.rows[layer.name], self.work[layer.name]
-        spent = spent_on(self.cost, work, row.precision)
+        row, (precision, seconds) = self.rows[layer.name], self._now(layer)
+        spent = spent_on(self.cost, self.work[layer.name], precision)
         options = tuple(self._options(layer))
         sensible = [o for o in options if o.verdict == "gains" and o.keeps >= 0.99 * _MOST and self._stands(layer, o)]
         helps = max(sensible, key=lambda o: o.ratio or 0.0, default=None)
@@ -259,11 +276,13 @@ class _Explainer:
             op=row.op_type,
             kind=row.kind,
             nodes=tuple(str(n.name) for n in layer.nodes[1:]),
-            precision=row.precision,
-            seconds=layer.seconds,
-            share=layer.seconds / self.total.seconds if self.total.seconds else 0.0,
+            precision=precision,
+            seconds=seconds,
+            share=seconds / self.seconds if self.seconds else 0.0,
             spent=spent,
-            note=_note(spent) if row.known else "its shapes or its kernel are not known, so this is too low",
+            note=_note(spent)
+            if row.known or layer.name in self.only_int8
+            else "its shapes or its kernel are not known, so this is too low",
             region=self._numbers.get(layer.name),
             options=options,
             helps="" if helps is None else _helps(helps),
@@ -281,28 +300,30 @@ class _Explainer:
     def _options(self, layer: Layer) -> Iterator[Option]:
         for form in self.forms.both:
             yield from self._form_options(layer, form)
-        work, precision = self.work[layer.name], self.rows[layer.name].precision
+        work, (precision, now) = self.work[layer.name], self._now(layer)
         if not (work.macs and work.params):
             return
         yield self._dynamic_option(layer)
         for kind in ("w8", "w4"):
             yield self._swapped(kind, layer, 0.0)
-        key = (_nameless(work), precision, layer.seconds)
+        if self._price(layer, precision) is None:
+            return
         if obstacle := self._keeps_channels(layer):
             yield impossible("channels", "", obstacle)
         elif work.out_channels > 1:
+            key = (replace(work, name=""), precision, now)
             if key not in self._seen:
-                self._seen[key] = channel_options(self.cost, work, precision, layer.seconds)
+                self._seen[key] = channel_options(self.cost, work, precision, now)
             yield from self._seen[key]
-        yield from rank_options(self.cost, work, precision, layer.seconds)
+        yield from rank_options(self.cost, work, precision, now)
 
     def _swapped(self, kind: str, layer: Layer, more: float, why: str = "") -> Option:
         """The layer's own node at another precision, everything around it as it is."""
-        row, work = self.rows[layer.name], self.work[layer.name]
-        here, there = self.cost.node(work, row.precision), self.cost.node(work, kind)
+        precision, now = self._now(layer)
+        here, there = self._price(layer, precision), self._price(layer, kind)
         if there is None or here is None:
             return impossible(kind, "", "no such kernel on this profile")
-        return option(kind, "", layer.seconds, layer.seconds - here + there + more, why)
+        return option(kind, "", now, now - here + there + more, why)
 
     def _dynamic_option(self, layer: Layer) -> Option:
         if layer.name not in self.forms.dynamic:
@@ -351,8 +372,8 @@ class _Explainer:
             yield from [impossible(form.kind, "", why)] if why else []
             return
         into, out_of = sum(map(form.into, layer.reads)), sum(map(form.out_of, layer.writes))
-        if not layer.seconds:
-            yield Option(form.kind, "", seconds, None, "gains", "the only way it runs on this device")
+        if layer.name in self.only_int8:
+            yield option(form.kind, "", seconds, seconds, "the only way it runs on this device")
             return
         kernel = layer.seconds / seconds
         itself = f"{times(kernel)} by itself" + (f": the {form.kind} kernel is slower" if kernel <= LOSES else "")
@@ -420,7 +441,3 @@ def _note(spent: Mapping[str, float]) -> str:
         "memory": "weights come from memory: bytes decide",
         "dispatch": f"too small: dispatch is {share:.0%} of its time",
     }[part]
-
-
-def _nameless(work: NodeWork) -> NodeWork:
-    return replace(work, name="")
