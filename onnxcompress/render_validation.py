@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from onnxcompress.tables import columns, milliseconds, plural, section, used_columns
-from onnxcompress.validation import Validation
+
+if TYPE_CHECKING:  # what is shown is not needed for showing it, and takes a second to import
+    from onnxcompress.validation import Validation
 
 __all__ = ["validation"]
 
