@@ -120,7 +120,7 @@ def write(profile: Profile | Mapping[str, Any], path: str | Path) -> None:
 
 def _read(file: Path | Traversable, shown: str, chain: tuple[Source, ...] = ()) -> Merged:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # some editors mark their files
     except UnicodeDecodeError as error:
         raise ProfileError("is not UTF-8 text", path=shown, hint="save it as UTF-8") from error
     except OSError as error:
@@ -136,6 +136,9 @@ def _parse(text: str, file: Path | Traversable, shown: str, chain: tuple[Source,
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise _syntax_error(str(error), text, shown) from error
+    except RecursionError as error:
+        hint = "profiles are flat: tables of numbers and text"
+        raise ProfileError("arrays or tables are nested too deeply", path=shown, hint=hint) from error
     source = Source(file, shown, text, data)
     chain = (*chain, source)
     _check_version(source)
@@ -240,7 +243,7 @@ def _line_with(text: str, first: int | None, entry: str) -> int | None:
     """Line of an entry of an array that may go over several lines."""
     if first is None:
         return None
-    found = (n for n, line in enumerate(text.splitlines(), 1) if n >= first and entry in line)
+    found = (n for n, line in enumerate(text.split("\n"), 1) if n >= first and entry in line)
     return next(found, first)
 
 
@@ -249,7 +252,7 @@ def _line_with(text: str, first: int | None, entry: str) -> int | None:
 
 def _syntax_error(message: str, text: str, shown: str) -> ProfileError:
     found = re.search(r"\s*\(at (?:line (\d+), column \d+|end of document)\)$", message)
-    line = None if found is None else int(found[1]) if found[1] else len(text.splitlines())
+    line = None if found is None else int(found[1]) if found[1] else text.rstrip().count("\n") + 1
     message = f"not TOML: {message[: found.start()] if found else message}"
     return ProfileError(message, path=shown, line=line, hint="correct this line; strings need quotes")
 
@@ -290,8 +293,9 @@ def _problem(error: dict[str, Any], merged: Merged) -> tuple[str, int | None, st
             given = error.get("input")
             if isinstance(given, list | dict):
                 given = f"{len(given)} entries"
+            given = repr(given) if len(repr(given)) <= 80 else f"{repr(given)[:60]}..."
             message = str(error["msg"])[0].lower() + str(error["msg"])[1:]
-            return file, line, f"{shown}: {message}, not {given!r}" if shown else message, f"correct it; {see}"
+            return file, line, f"{shown}: {message}, not {given}" if shown else message, f"correct it; {see}"
 
 
 def _keys(where: Where) -> list[str]:

@@ -34,7 +34,7 @@ def line_of(text: str, where: Sequence[str | int]) -> int | None:
     path: tuple[str | int, ...]
     counts: dict[str, int] = {}
     quote, depth = "", 0
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would count form feeds, too
         if quote:
             quote = "" if quote in line else quote
             continue

@@ -381,6 +381,22 @@ def test_kernels_no_model_can_do_without(write) -> None:
     assert "'elementwise'" in str(fails(write(text)))
 
 
+def test_files_of_other_editors_are_read(tmp_path: Path) -> None:
+    """With a mark at the start, other ends of lines, and a form feed in a comment: lines are still right."""
+    path = tmp_path / "small.toml"
+    text = SMALL.replace("made up for", "m\u2028de up for")
+    path.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert load_profile(path).name == "small"
+    path.write_bytes(text.replace("cores = 1", "cores = 0").replace("\n", "\r\n").encode())
+    assert fails(path).line == line_of(SMALL, "cores = 1")
+
+
+def test_what_no_profile_has(write) -> None:
+    assert "nested too deeply" in str(fails(write("a = " + 5000 * "[" + 5000 * "]")))
+    error = fails(write(SMALL.replace("ns_per_node = 100", "ns_per_node = 1" + 400 * "0")))
+    assert "overhead.ns_per_node" in str(error) and len(str(error)) < 400
+
+
 def test_unreadable_files(write, tmp_path: Path) -> None:
     assert "cannot be read" in str(fails(tmp_path / "missing.toml"))
     path = tmp_path / "latin.toml"
