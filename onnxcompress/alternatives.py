@@ -12,16 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from onnxcompress.cost import CostModel
+from onnxcompress.findings import Option, Verdict
 from onnxcompress.work import NodeWork
 
 __all__ = [
     "GAINS",
     "LOSES",
     "ChannelStep",
-    "Option",
     "break_even",
     "channel_options",
     "channel_step",
@@ -49,31 +48,6 @@ _FEWEST = 8
 """Matrices of lower rank are not worth factors."""
 _TOO_FEW = 8
 """A rank below this part of the full one is of no use."""
-
-Verdict = Literal["gains", "same", "loses", "impossible"]
-
-
-@dataclass(frozen=True)
-class Option:
-    """A way to do a layer otherwise.
-
-    Attributes:
-        kind: int8, dynamic, f16, w8, w4, channels or rank.
-        detail: which: "alone", "region of 12 layers", "48 of 64".
-        seconds: of the layer then; None if it is impossible.
-        ratio: seconds now over then, so above 1 is faster; None if it is impossible.
-        verdict: "gains" from 1.05 on, "loses" up to 0.95, "same" between, or "impossible".
-        why: in words.
-        keeps: share of the channels or of the rank that is left.
-    """
-
-    kind: str
-    detail: str
-    seconds: float | None
-    ratio: float | None
-    verdict: Verdict
-    why: str
-    keeps: float = 1.0
 
 
 def option(kind: str, detail: str, now: float, then: float, why: str, keeps: float = 1.0) -> Option:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 
 import onnx_ir as ir
@@ -27,7 +27,6 @@ from onnxcompress import model as models
 from onnxcompress import registry
 from onnxcompress.alternatives import (
     LOSES,
-    Option,
     channel_options,
     duration,
     impossible,
@@ -39,6 +38,7 @@ from onnxcompress.alternatives import (
 from onnxcompress.base import Pass, Precision, Stage
 from onnxcompress.calibrate import value_shapes
 from onnxcompress.data import open_data
+from onnxcompress.findings import Explanation, Family, ModelExplanation, Option, RegionReport
 from onnxcompress.forms import Forms
 from onnxcompress.inspection import ModelLike, with_shapes
 from onnxcompress.profile import Profile, load_profile
@@ -49,7 +49,7 @@ from onnxcompress.trial import tidy
 from onnxcompress.view import GraphView
 from onnxcompress.work import FAMILY, NodeWork, Shapes
 
-__all__ = ["Explanation", "Family", "ModelExplanation", "Option", "RegionReport", "explain"]
+__all__ = ["explain"]
 
 _MOST = 0.5
 """What takes this share of a layer's time decides it; the least of channels and rank that is proposed."""
@@ -57,106 +57,6 @@ _MATTER = 5
 _KINDS = ("int8", "dynamic", "f16", "w8", "w4", "channels", "rank")
 _CARRY = ("elementwise", "transcendental", "softmax", "pool", "normalization", "move", "free")
 """Families whose outputs have the channels of their inputs."""
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What would make one layer faster.
-
-    Attributes:
-        name: of the node that gives the layer its name.
-        op: its operator type.
-        kind: its kernel kind.
-        nodes: names of the other nodes that run with it.
-        precision: how it runs now.
-        seconds: all of it.
-        share: of the model's seconds.
-        spent: what its time goes to, shares of it, most first.
-        note: what decides its time, if one thing does.
-        region: number of the int8 region it is in; None if it has no int8 kernel.
-        options: what was looked at.
-        helps: the option that saves most, in words; "" if none gains. Less than half of the channels
-            or of the rank does not count.
-    """
-
-    name: str
-    op: str
-    kind: str
-    nodes: tuple[str, ...]
-    precision: str
-    seconds: float
-    share: float
-    spent: Mapping[str, float]
-    note: str
-    region: int | None
-    options: tuple[Option, ...]
-    helps: str
-
-
-@dataclass(frozen=True)
-class RegionReport:
-    """Layers that could be int8 without conversions between them.
-
-    Attributes:
-        layers: their names.
-        seconds: as they are.
-        seconds_all: all of them int8, conversions at the border included.
-        best: names of those that are int8 in the cheapest mix found.
-        seconds_best: of that mix, conversions included.
-    """
-
-    layers: tuple[str, ...]
-    seconds: float
-    seconds_all: float
-    best: tuple[str, ...]
-    seconds_best: float
-
-
-@dataclass(frozen=True)
-class Family:
-    """How much of the model a kind of change could touch.
-
-    Attributes:
-        kind: as in :class:`Option`.
-        touches: share of the time in layers where it is possible.
-        gains: share of the time in layers where it gains.
-        speed_up: of the model, were it made wherever it gains: int8 and f16 in the cheapest mix, half the
-            channels, half the rank.
-        why: what is missing where it is possible nowhere.
-    """
-
-    kind: str
-    touches: float
-    gains: float
-    speed_up: float
-    why: str
-
-
-@dataclass(frozen=True)
-class ModelExplanation:
-    """What would make a model faster on a device.
-
-    Attributes:
-        profile: name of the device.
-        nodes: in the file, and after tidying.
-        seconds: predicted, after tidying.
-        spent: what the time goes to, shares, most first; what is missing to 1 is the overhead of a run.
-        matters: names of the five dearest layers.
-        families: by kind of change.
-        regions: of int8, in execution order.
-        layers: every layer that takes time, in execution order.
-        unknown: names of nodes whose cost is not, or not fully, known.
-    """
-
-    profile: str
-    nodes: tuple[int, int]
-    seconds: float
-    spent: Mapping[str, float]
-    matters: tuple[str, ...]
-    families: tuple[Family, ...]
-    regions: tuple[RegionReport, ...]
-    layers: tuple[Explanation, ...]
-    unknown: tuple[str, ...]
 
 
 def explain(

@@ -19,7 +19,7 @@ from onnxcompress.profile import Profile
 from onnxcompress.questions import offers
 from onnxcompress.regions import Form, Layer, Region, find_layers, find_regions
 from onnxcompress.view import GraphView
-from onnxcompress.work import FAMILY, NodeWork, Shapes, work_of
+from onnxcompress.work import FAMILY, NodeWork, Shapes, is_constant, work_of
 
 __all__ = ["Forms"]
 
@@ -83,8 +83,10 @@ class Forms:
     def both(self) -> tuple[Form, Form]:
         """Ways to hold data that neighbours can share."""
         half = self._in_form("f16", [layer for layer in self.layers if self._is_float(layer)])
+        int8 = self._int8_layers()
+        needs = {name: [self.writers[v] for v in self.static[name].native] for name in int8}
         return (
-            Form("int8", Precision.STATIC, self._int8_layers(), self._quantize, self._dequantize),
+            Form("int8", Precision.STATIC, int8, self._quantize, self._dequantize, needs=needs),
             Form("f16", "f16", half, self._cast, self._cast, ("Cast", "Cast")),
         )
 
@@ -128,9 +130,15 @@ class Forms:
                 if node.op_type in rule.absorbs:
                     return 1e-9 * rule.ns_per_element * work.elements_out
             return 0.0 if name in self.covered else self.cost.node(work, precision)
-        if row.inside or not row.seconds:  # it goes into the weights, or is fused in float and so in this form
+        if integer and row.inside:  # it is part of the float kernel only, so it stays float amid integers
+            ends = [self._dequantize(str(v.name)) for v in self._activations(node)]
+            return (self.cost.node(work) or 0.0) + sum(ends) + sum(self._quantize(str(v.name)) for v in node.outputs)
+        if row.inside or not row.seconds:  # fused in float, and so in this form
             return row.seconds
         return self.cost.node(work, precision)
+
+    def _activations(self, node: ir.Node) -> list[ir.Value]:
+        return [v for v in node.inputs if v is not None and not is_constant(self.view, v)]
 
     def _is_float(self, layer: Layer) -> bool:
         """Whether it works on float32 and could be float16 instead."""

@@ -12,7 +12,7 @@ them, make a region; inside it nothing is converted, at its border every value i
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import networkx as nx
 import onnx_ir as ir
@@ -105,6 +105,7 @@ class Form:
         into: seconds to bring a value into the form, by its name.
         out_of: seconds to bring it back.
         names: what the conversions into it and out of it are called.
+        needs: by layer, the layers that must be in the form for it to be; they are in the same region.
     """
 
     kind: str
@@ -113,6 +114,7 @@ class Form:
     into: Callable[[str], float]
     out_of: Callable[[str], float]
     names: tuple[str, str] = ("Q", "DQ")
+    needs: Mapping[str, Collection[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +172,12 @@ class _Borders:
         writers: Mapping[str, Layer],
     ) -> None:
         self.form, self.layers, self.readers, self.writers = form, layers, readers, writers
+        by_name = {layer.name: layer for layer in layers}
+        self.needs = {layer: [by_name[n] for n in form.needs.get(layer.name, ())] for layer in layers}
+        self.needed: dict[Layer, list[Layer]] = {layer: [] for layer in layers}
+        for layer, others in self.needs.items():
+            for other in others:
+                self.needed[other].append(layer)
 
     def at(self, value: str, inside: Collection[Layer]) -> tuple[float, float]:
         """Seconds into and out of the form at a value, where these layers are in it."""
@@ -212,9 +220,8 @@ class _Borders:
         return shared, sum(self.at(value, inside)[1] for value in layer.writes)
 
     def _best(self, everyone: frozenset[Layer]) -> set[Layer]:
-        """The cheaper of all and nothing, then one layer after the other to the other side while that saves."""
-        best = set(everyone) if self.total(everyone) < self.total(frozenset()) else set()
-        starts = [best, set(everyone) - best]
+        """From all and from nothing, one layer after the other to the other side while that saves."""
+        starts: list[set[Layer]] = [set(everyone), set()]
         for chosen in starts:
             for _ in range(_SWEEPS):
                 if not [layer for layer in self.layers if self._flip(layer, chosen)]:
@@ -222,11 +229,26 @@ class _Borders:
         return min(starts, key=self.total)
 
     def _flip(self, layer: Layer, chosen: set[Layer]) -> bool:
-        """Moves a layer into the form, or out of it, if that saves."""
-        now = self.around(layer, chosen) + (self.form.seconds[layer.name] if layer in chosen else layer.seconds)
-        chosen ^= {layer}
-        then = self.around(layer, chosen) + (self.form.seconds[layer.name] if layer in chosen else layer.seconds)
-        if then < now:
+        """Moves a layer into the form, or out of it, with those that must come along, if that saves."""
+        leaves = layer in chosen
+        along: dict[Layer, None] = {layer: None}
+        waiting = [layer]
+        while waiting:
+            one = waiting.pop()
+            more = [
+                m for m in (self.needed if leaves else self.needs)[one] if m not in along and (m in chosen) == leaves
+            ]
+            along.update(dict.fromkeys(more))
+            waiting += more
+        values = dict.fromkeys(v for one in along for v in (*one.reads, *one.writes))
+
+        def seconds() -> float:
+            kernels = sum(self.form.seconds[one.name] if one in chosen else one.seconds for one in along)
+            return kernels + sum(sum(self.at(value, chosen)) for value in values)
+
+        now = seconds()
+        chosen ^= set(along)
+        if seconds() < now:
             return True
-        chosen ^= {layer}
+        chosen ^= set(along)
         return False

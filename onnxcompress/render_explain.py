@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from onnxcompress.findings import Explanation, Family, ModelExplanation, Option
 from onnxcompress.tables import columns, milliseconds, plural, section
-
-if TYPE_CHECKING:  # what is shown is not needed for showing it, and takes a second to import
-    from onnxcompress.alternatives import Option
-    from onnxcompress.explanation import Explanation, Family, ModelExplanation
 
 __all__ = ["explanation"]
 

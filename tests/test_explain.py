@@ -13,11 +13,11 @@ import pytest
 import onnxcompress
 from onnxcompress import alternatives
 from onnxcompress import model as models
-from onnxcompress.alternatives import Option
 from onnxcompress.cli import main
 from onnxcompress.cost import CostModel
 from onnxcompress.errors import DataError
-from onnxcompress.explanation import Explanation, ModelExplanation, explain
+from onnxcompress.explanation import explain
+from onnxcompress.findings import Explanation, ModelExplanation, Option
 from onnxcompress.models_zoo import get_model
 from onnxcompress.profile import Profile, list_profiles, load_profile
 from onnxcompress.work import NodeWork
