@@ -292,7 +292,7 @@ class _Explainer:
             work = self.work[layer.name]
             return "no such kernel on this profile" if work.macs else ""
         op = layer.nodes[0].op_type
-        why = self.forms.refused.get(layer.name, "")
+        why = self.forms.refused.get(layer.name, "") or self.forms.stranded.get(layer.name, "")
         if layer.name in self.forms.static and not why:
             why = f"the profile has no int8 kernel for this {op}"
         if not why:

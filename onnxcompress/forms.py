@@ -39,7 +39,8 @@ class Forms:
         work: the work of each node, by name.
         static: by node, the choice that makes it int8 with known scales.
         dynamic: nodes that can be quantized on the fly.
-        refused: by node, why it stays float.
+        refused: by node, why no pass offers an int8 form.
+        stranded: by node, why it cannot use the int8 form there is.
         covered: nodes that run inside another's int8 kernel.
         layers: in execution order.
         writers: by value, the layer that makes it.
@@ -55,6 +56,7 @@ class Forms:
         self.static: dict[str, Choice] = {}
         self.dynamic: set[str] = set()
         self.refused: dict[str, str] = {}
+        self.stranded: dict[str, str] = {}
         self._ask_passes()
         self.covered = {name for c in self.static.values() for name in c.site.nodes[1:]}
         self.layers = find_layers(view, self.total, [c.site.nodes for c in self.static.values()])
@@ -103,11 +105,24 @@ class Forms:
     def _int8_layers(self) -> dict[str, float]:
         """Seconds of layers that can be int8, but for those that would convert what they must find as integers."""
         able = self._in_form(Precision.STATIC, [layer for layer in self.layers if layer.name in self.static])
-        while lost := [n for n in able if any(self.writers.get(v) not in able for v in self.static[n].native)]:
+        integer = {
+            str(v.name) for name in (*self.static, *self.covered) for v in self.view.node(name).outputs
+        }  # fmt: skip
+
+        def ready(value: str) -> bool:
+            return value in integer and self.writers.get(value) in able
+
+        while lost := [n for n in able if not all(map(ready, self.static[n].native))]:
+            for name in lost:
+                maker = self.view.producer(self._value(name, next(v for v in self.static[name].native if not ready(v))))
+                front = "the input" if maker is None else f"the {maker.op_type} in front of it"
+                self.stranded[name] = f"its input must be integers already, and {front} stays float"
             for name in lost:
                 del able[name]
-                self.refused[name] = "int8 is only worth it here where its input is made by an integer kernel"
         return able
+
+    def _value(self, node: str, name: str) -> ir.Value:
+        return next(v for v in self.view.node(node).inputs if v is not None and v.name == name)
 
     def _in_form(self, precision: str, layers: Sequence[Layer]) -> dict[str, float]:
         found: dict[str, float] = {}

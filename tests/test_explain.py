@@ -50,6 +50,8 @@ KERNELS = [
     ("elementwise", "f32", "ns_per_element = 1"),
     ("Add", "u8s8", "ns_per_element = 0.25"),
     ("move", "f32", "ns_per_element = 1"),
+    ("pool", "f32", "ns_per_element = 1"),
+    ("MaxPool", "u8s8", "ns_per_element = 0.25"),
     ("quantize", "f32", "ns_per_element = 1"),
     ("dequantize", "f32", "ns_per_element = 2"),
 ]
@@ -283,6 +285,20 @@ def test_an_operator_without_int8_splits_the_region(steps: Profile) -> None:
     (why,) = [o.why for o in options(layer(found, "HardSwish"), "int8")]
     assert why.startswith("onnxruntime has no int8 kernel for HardSwish: it stays float and splits the region (")
     assert len(found.regions) == 2
+
+
+def test_a_convolution_behind_a_float_pool_stays_float(steps: Profile) -> None:
+    """There, onnxruntime would move the QuantizeLinear before the MaxPool; the passes do not offer that."""
+    model = net(
+        "a = Neg(x)  p = MaxPool<kernel_shape=[2,2], strides=[2,2]>(a)  h = Conv(p, w)  y = Neg(h)",
+        "float[1,16,8,8] x", "float[1,16,4,4] y", w=conv(16, 16, 1),
+    )  # fmt: skip
+    found = explain(model, profile=steps)
+    (one,) = options(layer(found, "Conv"), "int8")
+    assert (one.verdict, one.why) == (
+        "impossible", "its input must be integers already, and the MaxPool in front of it stays float"
+    )  # fmt: skip
+    assert not found.regions
 
 
 def test_a_kernel_the_profile_does_not_price_is_named(steps: Profile) -> None:
