@@ -1,8 +1,8 @@
 """Fits the few coefficients that published whole-model latencies can tell, for devices nobody here has.
 
-    python -m benchmarks.published            # every fit: coefficients, errors left out and held out
-    python -m benchmarks.published cortex-m7  # one profile's
-    python -m benchmarks.published --rows more.csv --toml  # with rows that cannot be passed on; as [[kernel]] tables
+    python hardware_profiles/fitting/published.py            # every fit: coefficients, errors
+    python hardware_profiles/fitting/published.py cortex-m7  # one profile's
+    python hardware_profiles/fitting/published.py --rows more.csv --toml  # with more rows; as [[kernel]] tables
 
 ``hardware_profiles/evidence`` holds the latencies (published.csv, with source and licence) and the fits
 (fits.toml). The time of a model is a sum of terms, each a count of work times a coefficient::
@@ -36,10 +36,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
-from benchmarks.nets import NETS
+from onnxcompress.hardware_profiles.fitting.nets import NETS
 from onnxcompress.work import NodeWork
 
-EVIDENCE = Path(__file__).resolve().parent.parent / "hardware_profiles" / "evidence"
+EVIDENCE = Path(__file__).resolve().parent.parent / "evidence"
 
 _CLASS = {
     "conv": "conv", "conv_stem": "conv", "conv_grouped": "conv", "conv_transpose": "conv",
@@ -56,7 +56,7 @@ class Row:
     Attributes:
         group: device and runtime, "device / runtime".
         mhz: clock of the device; 0 if it is not known.
-        model: name in :data:`~benchmarks.nets.NETS`.
+        model: name in :data:`~nets.NETS`.
         precision: as in profiles.
         nanoseconds: of one inference.
     """
@@ -160,13 +160,24 @@ def predicted(coefficients: Mapping[str, float], fit: Fit, model: str) -> float:
     return sum(coefficients.get(term, 0.0) * count for term, count in terms(NETS[model](), fit.cache_bytes).items())
 
 
+def fitted_kinds(fit: Fit) -> tuple[str, ...]:
+    """Kernel kinds whose multiply-accumulates the fit has a term for."""
+    return tuple(kind for kind, term in _CLASS.items() if term in fit.prior)
+
+
+def lower_bounds(fit: Fit) -> dict[str, float]:
+    """What the hardware cannot go below, in nanoseconds by term."""
+    unit = 1e3 / fit.mhz if fit.cycles else 1.0
+    return {term: unit * least for term, least in fit.least.items()}
+
+
 def solve(fit: Fit, rows: Iterable[Row]) -> dict[str, float]:
     """Coefficients, in nanoseconds by term."""
     rows = list(rows)
     names = list(fit.prior)
-    unit = 1e3 / fit.mhz if fit.cycles else 1.0
     prior = np.log([fit.prior[n] for n in names])
-    least = np.log([unit * fit.least.get(n, 1e-9) for n in names])
+    bounds_below = lower_bounds(fit)
+    least = np.log([bounds_below.get(n, 1e-9) for n in names])
     work = [terms(NETS[r.model](), fit.cache_bytes) for r in rows]
     counts = np.array([[w[n] for n in names] for w in work])
     published = np.log([r.nanoseconds * _clock(fit, r) for r in rows])
@@ -189,7 +200,9 @@ def _clock(fit: Fit, row: Row) -> float:
     return row.mhz / fit.mhz if fit.mhz and row.mhz else 1.0
 
 
-def _wanted(fit: Fit, rows: list[Row]) -> list[Row]:
+def wanted(fit: Fit, rows: Iterable[Row]) -> list[Row]:
+    """Rows a fit is made from."""
+    rows = list(rows)
     if not fit.ratio:
         return [r for r in rows if r.group in fit.rows and r.precision == fit.precision]
     times: dict[str, dict[str, float]] = {}
@@ -205,7 +218,7 @@ def _wanted(fit: Fit, rows: list[Row]) -> list[Row]:
 
 def run(fit: Fit, rows: list[Row]) -> Result:
     """Makes a fit and checks it on what it has not seen."""
-    used = _wanted(fit, rows)
+    used = wanted(fit, rows)
     coefficients = solve(fit, used)
     left_out = {}
     for model in dict.fromkeys(r.model for r in used):
@@ -245,7 +258,7 @@ def kernels(fit: Fit, coefficients: Mapping[str, float]) -> list[dict[str, str |
 
 
 def _show(fit: Fit, rows: list[Row]) -> None:
-    used = _wanted(fit, rows)
+    used = wanted(fit, rows)
     result = run(fit, rows)
     print(f"\n{fit.profile}, {fit.precision}: {len(used)} rows, fit error {result.fit_error:.1%}")
     for term, value in result.coefficients.items():
@@ -272,10 +285,10 @@ def main() -> None:
     for fit in read_fits():
         if given.profiles and fit.profile not in given.profiles:
             continue
-        if not _wanted(fit, rows):
+        if not wanted(fit, rows):
             print(f"\n{fit.profile}, {fit.precision}: no rows of {', '.join(fit.rows)}")
         elif given.toml:
-            for table in kernels(fit, solve(fit, _wanted(fit, rows))):
+            for table in kernels(fit, solve(fit, wanted(fit, rows))):
                 lines = (f'{k} = "{v}"' if isinstance(v, str) else f"{k} = {v:.10g}" for k, v in table.items())
                 print("\n[[kernel]]", *lines, sep="\n")
         else:
