@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -15,7 +16,7 @@ import click
 from rich.console import Group
 from rich.text import Text
 
-from onnxcompress import cli_profile, render, shell, tables
+from onnxcompress import cli_profile, render, render_validation, shell, tables
 from onnxcompress.errors import OnnxCompressError, OutputError, UsageError, suggest
 from onnxcompress.shell import Answer, command, warn
 
@@ -313,37 +314,48 @@ def compare(first: Path, second: Path, calibration: str | None, preprocess: str 
     cli,
     "verify",
     "onnxcompress verify in.onnx out.onnx --calibration feeds/ --min-sqnr 35",
+    "onnxcompress verify in.onnx out.onnx --calibration feeds/ --emulate cortex-a53",
 )
 @click.argument("original", type=_MODEL, metavar="ORIGINAL")
 @click.argument("optimized", type=_MODEL, metavar="OPTIMIZED")
 @_calibration
 @_preprocess
 @click.option("--min-sqnr", type=float, metavar="DB", help="Of the worst output; by default that of `optimize`.")
+@click.option(
+    "--emulate",
+    metavar="NAME",
+    help="Also run both on this profile's emulated core: outputs of the Arm build, and instructions it executes.",
+)
 def verify(
     original: Path,
     optimized: Path,
     calibration: str | None,
     preprocess: str | None,
     min_sqnr: float | None,
+    emulate: str | None,
     verbose: bool,
 ) -> Answer:
     """Check that OPTIMIZED answers as ORIGINAL does.
 
     Exits with 1 if it does not.
     """
-    from onnxcompress import inspection, pipeline
+    from onnxcompress import emulated, inspection, pipeline
 
     if calibration is None:
         warn("no --calibration data: the models are compared on made-up inputs")
     least = pipeline.DEFAULT_MIN_SQNR_DB if min_sqnr is None else min_sqnr
     found = inspection.verify(original, optimized, calibration, preprocess=preprocess)
-    passed = found.min_sqnr_db >= least
-    verdict = f"worst output {tables.decibel(found.min_sqnr_db)}, {least:g} dB asked for"
+    there = emulated.verify(original, optimized, emulate, calibration, preprocess=preprocess) if emulate else None
+    worst = min(found.min_sqnr_db, math.inf if there is None else there.comparison.min_sqnr_db)
+    passed = worst >= least
+    verdict = f"worst output {tables.decibel(worst)}, {least:g} dB asked for"
     text = Group(
         render.comparison(found),
+        *([] if there is None else [render_validation.emulated(there)]),
         Text(f"{'passed' if passed else 'FAILED'}: {verdict}", style="green" if passed else "bold red"),
     )
-    return Answer({"passed": passed, "min_sqnr_db": least, "comparison": found}, text, status=0 if passed else 1)
+    document = {"passed": passed, "min_sqnr_db": least, "comparison": found}
+    return Answer(document if there is None else {**document, "emulated": there}, text, status=0 if passed else 1)
 
 
 cli.add_command(cli_profile.profile)

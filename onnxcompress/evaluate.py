@@ -38,6 +38,7 @@ __all__ = [
     "Reference",
     "Runner",
     "compare",
+    "compare_outputs",
     "is_lossless",
     "lossless_floor_db",
     "measure",
@@ -74,6 +75,22 @@ def compare(
     difference = _Difference(wanted)
     for feed in feeds:
         difference.add(before.run(feed, wanted), after.run(feed, wanted))
+    return difference.result()
+
+
+def compare_outputs(names: Sequence[str], pairs: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> Comparison:
+    """How far outputs are apart that were computed elsewhere.
+
+    Args:
+        names: values to compare.
+        pairs: of each sample, the values of the original and of the candidate, by name.
+
+    Raises:
+        UsageError: there is nothing to compare.
+    """
+    difference = _Difference(names)
+    for before, after in pairs:
+        difference.add(before, after)
     return difference.result()
 
 

@@ -1,4 +1,4 @@
-"""How the comparison of a profile with measurements is shown."""
+"""How profiles against measurements, and models on an emulated core, are shown."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from onnxcompress.tables import columns, milliseconds, plural, section, used_columns
+from onnxcompress.render import comparison
+from onnxcompress.tables import amount, columns, decibel, milliseconds, plural, ratio, section, used_columns
 
-if TYPE_CHECKING:  # what is shown is not needed for showing it, and takes a second to import
+if TYPE_CHECKING:  # what is shown is not needed for showing it
+    from onnxcompress.emulated import EmulatedVerification
     from onnxcompress.validation import Validation
 
-__all__ = ["validation"]
+__all__ = ["emulated", "validation"]
 
 
 def validation(found: Validation, *, every_row: bool = False) -> RenderableType:
@@ -47,3 +49,21 @@ def validation(found: Validation, *, every_row: bool = False) -> RenderableType:
 
 def _share(value: float) -> str:
     return f"{value:.1%}"
+
+
+def emulated(found: EmulatedVerification) -> RenderableType:
+    """Two models on an emulated core."""
+    before, after = found.before, found.after
+    rows = [
+        ("instructions", amount(before.instructions), amount(after.instructions),
+         ratio(before.instructions, after.instructions, "fewer", "more")),
+    ]  # fmt: skip
+    if before.seconds is not None and after.seconds is not None:
+        rows.append(("priced by class", milliseconds(1e3 * before.seconds), milliseconds(1e3 * after.seconds),
+                     ratio(before.seconds, after.seconds, "faster", "slower")))  # fmt: skip
+    rows.append(("against this machine", decibel(before.host.min_sqnr_db), decibel(after.host.min_sqnr_db), ""))
+    title = f"On the emulated core of {found.profile}, onnxruntime {found.onnxruntime}"
+    return section(
+        title,
+        Group(comparison(found.comparison), Text(), columns(rows, ("", "original", "optimized", ""), right=(1, 2))),
+    )

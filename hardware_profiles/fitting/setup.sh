@@ -57,6 +57,19 @@ echo "4/4 plugin"
     tar -xf qemu_*.orig.tar.xz --wildcards --strip-components=3 '*/include/qemu/qemu-plugin.h')
 gcc -O2 -Wall -fPIC -shared -I "$apt/source" -o "$folder/libclasses.so" "$here/classes.c"
 
+cat > "$folder/run" <<'END'
+#!/bin/sh
+# run CPU PREFIX COUNTS SCRIPT ARGUMENTS...   a Python script on an emulated core, instructions counted
+here=$(dirname "$(readlink -f "$0")")
+cpu=$1 prefix=$2 counts=$3
+shift 3
+export LD_LIBRARY_PATH="$here/qemu/usr/lib/x86_64-linux-gnu:$here/qemu/lib/x86_64-linux-gnu"
+exec "$here/qemu/usr/bin/qemu-aarch64" -cpu "$cpu" -L "$prefix" -plugin "$here/libclasses.so,out=$counts" \
+    -U LD_LIBRARY_PATH -E PYTHONHOME="$here/root/usr" -E PYTHONPATH="$here/site" -E PYTHONDONTWRITEBYTECODE=1 \
+    -E OMP_NUM_THREADS=1 -E OPENBLAS_NUM_THREADS=1 "$here/root/usr/bin/python3.11" "$@"
+END
+chmod +x "$folder/run"
+
 rm -rf "$apt"
 echo "done: $folder"
 [ "$folder" = "${XDG_CACHE_HOME:-$HOME/.cache}/onnxcompress/emulator" ] || echo "export ONNXCOMPRESS_EMULATOR=$folder"

@@ -1,0 +1,162 @@
+"""Instructions by class that the Arm build of onnxruntime executes for every link of :mod:`onnxcompress.fitting.links`.
+
+    python hardware_profiles/fitting/count.py cortex-a53 counts.csv
+
+Needs the emulator (``setup.sh``). What one link executes is the slope between a chain of three and a chain of
+one, less the links it stands on; so whatever both chains share is out. Rows are written as they come, and
+links already in the file are left alone, so a run can be interrupted and gone on with. It takes about a quarter
+of an hour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import itertools
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import onnx
+
+from onnxcompress.emulation import Emulator, Executed, Job
+from onnxcompress.errors import EmulatorError
+from onnxcompress.fitting.kernels import NotFusedError, check_fused, feeds
+from onnxcompress.fitting.links import Link, links, unary
+from onnxcompress.instructions import CLASSES
+from onnxcompress.profile import Profile, load_profile
+
+SHORT, LONG = 1, 3
+BATCH = 24
+"""Links an emulated process runs; starting one takes four seconds."""
+
+WORK = (
+    "kind",
+    "precision",
+    "label",
+    "on",
+    "nodes",
+    "macs",
+    "in_channels",
+    "out_channels",
+    "elements",
+    "weights",
+    "patches",
+)
+Key = tuple[str, str, str]
+
+
+def key(link: Link) -> Key:
+    return link.kind, link.precision, link.label
+
+
+def overhead() -> Link:
+    """A node that does next to nothing: what is left is dispatch."""
+    return dataclasses.replace(unary("per_node", "f32", "Abs", (1, 4)), raw=True)
+
+
+def parts(link: Link) -> Iterator[Link]:
+    """The link and everything it stands on."""
+    one: Link | None = link
+    while one is not None:
+        yield one
+        one = one.baseline
+
+
+def runs_as_meant(link: Link) -> bool:
+    """Whether onnxruntime fuses the link; fusions do not depend on the processor, so it is asked here."""
+    try:
+        check_fused(link)
+    except NotFusedError as error:
+        print("not fused:", *key(link), error, file=sys.stderr)
+        return False
+    return True
+
+
+def execute(emulator: Emulator, profile: Profile, chains: Sequence[tuple[Link, int]]) -> list[Executed]:
+    """Counts of one run of each chain; a chain that takes the emulator down is left out and the rest gone on with."""
+    with tempfile.TemporaryDirectory() as name:
+        jobs = []
+        for i, (link, length) in enumerate(chains):
+            model, path = link.build(length), Path(name, f"{i}.onnx")
+            onnx.save(model, path)
+            jobs.append(Job(path, [feeds(model)], runs=1, keep=False, raw=link.raw))
+        try:
+            return emulator.run(profile, jobs)
+        except EmulatorError as error:
+            if len(jobs) == 1:
+                return [Executed(error=str(error))]
+            return [done for job in jobs for done in _alone(emulator, profile, job)]
+
+
+def _alone(emulator: Emulator, profile: Profile, job: Job) -> list[Executed]:
+    try:
+        return emulator.run(profile, [job])
+    except EmulatorError as error:
+        return [Executed(error=str(error))]
+
+
+def count(emulator: Emulator, profile: Profile, chosen: Iterable[Link]) -> Iterator[tuple[Link, dict[str, float]]]:
+    """Instructions and bytes by class of one link each."""
+    for batch in _batched(chosen):
+        meant = [link for link in batch if runs_as_meant(link)]
+        chains = [(part, length) for link in meant for part in parts(link) for length in (SHORT, LONG)]
+        executed = dict(zip(((id(p), n) for p, n in chains), execute(emulator, profile, chains), strict=True))
+        for link in meant:
+            short, long = ([executed[id(part), n] for part in parts(link)] for n in (SHORT, LONG))
+            errors = [one.error for one in (*short, *long) if one.error]
+            if errors:
+                print("does not run:", *key(link), errors[0], file=sys.stderr)
+                continue
+            slopes = [
+                {c: (b.counts[c] - a.counts[c]) / (LONG - SHORT) for c in CLASSES}
+                for a, b in zip(short, long, strict=True)
+            ]
+            yield link, {c: slopes[0][c] - sum(s[c] for s in slopes[1:]) for c in CLASSES}
+            if link.kind == "per_node":
+                run = {c: short[0].counts[c] - slopes[0][c] for c in CLASSES}
+                yield dataclasses.replace(link, kind="per_run"), run
+
+
+def _batched(chosen: Iterable[Link]) -> Iterator[tuple[Link, ...]]:
+    source = iter(chosen)
+    while batch := tuple(itertools.islice(source, BATCH)):
+        yield batch
+
+
+def record(link: Link, counts: dict[str, float]) -> list[object]:
+    work = (link.on, link.nodes, link.macs, *link.channels, link.elements, link.weights, link.patches)
+    return [*key(link), *work, *(round(counts[c]) for c in CLASSES)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("profile", help="whose [emulation] table says which core")
+    parser.add_argument("file", type=Path, help="CSV to write, or to go on with")
+    parser.add_argument("--only", default="", help="kinds to count, separated by commas")
+    parser.add_argument("--precision", default="", help="precisions to count, separated by commas")
+    chosen = parser.parse_args(arguments)
+    kinds, precisions = (set(filter(None, text.split(","))) for text in (chosen.only, chosen.precision))
+    seen: set[Key] = set()
+    if chosen.file.exists():
+        with chosen.file.open(newline="", encoding="utf-8") as file:
+            seen = {(r["kind"], r["precision"], r["label"]) for r in csv.DictReader(file)}
+    asked = (
+        link
+        for link in (overhead(), *links())
+        if (not kinds or link.kind in kinds) and (not precisions or link.precision in precisions)
+    )
+    wanted = [link for link in asked if key(link) not in seen]
+    with chosen.file.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if not seen:
+            writer.writerow([*WORK, *CLASSES])
+        for link, counts in count(Emulator(), load_profile(chosen.profile), wanted):
+            writer.writerow(record(link, counts))
+            file.flush()
+
+
+if __name__ == "__main__":
+    main()
