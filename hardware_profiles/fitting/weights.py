@@ -50,11 +50,13 @@ Names = npt.NDArray[np.str_]
 
 @dataclass(frozen=True)
 class Core:
-    """What is known beforehand: profile, whose counts to use, boards to fit to, prior of the prices."""
+    """What is known beforehand: profile, whose counts of ncnn and of onnxruntime, boards, prior of the prices."""
 
     name: str
     profile: str
     counts: str
+    runtime_counts: str
+    runtime_factor: float
     boards: tuple[str, ...]
     tied: tuple[tuple[str, ...], ...]
     prior: Array
@@ -83,7 +85,8 @@ def cores() -> dict[str, Core]:
         found: dict[str, Any] = tomllib.load(file)
     return {
         name: Core(
-            name, one["profile"], one["counts"], tuple(one["boards"]), tuple(map(tuple, one["tied"])),
+            name, one["profile"], one["counts"], one["runtime_counts"], one["runtime_factor"],
+            tuple(one["boards"]), tuple(map(tuple, one["tied"])),
             np.array([one["prior"][c][0] for c in CLASSES]), np.array([one["prior"][c][1] for c in CLASSES]),
         )
         for name, one in found.items()
