@@ -80,4 +80,4 @@ def seconds(profile: Profile, counts: Mapping[str, float], *, ghz: float | None 
     """
     clock = profile.device.frequency_ghz if ghz is None else ghz
     executed = {name: counts.get(name, 0.0) for name in CLASSES}
-    return profile.time_scale * instructions_of(profile).seconds(executed, clock)
+    return instructions_of(profile).seconds(executed, clock)
