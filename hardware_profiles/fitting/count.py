@@ -20,11 +20,13 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx
+from onnx import TensorProto, numpy_helper
 
 from onnxcompress.emulation import Emulator, Executed, Job
 from onnxcompress.errors import EmulatorError
-from onnxcompress.fitting.kernels import NotFusedError, check_fused, feeds
+from onnxcompress.fitting.kernels import NotFusedError, Row, check_fused, feeds, row
 from onnxcompress.fitting.links import Link, links, unary
 from onnxcompress.instructions import CLASSES
 from onnxcompress.profile import Profile, load_profile
@@ -35,19 +37,14 @@ BATCH = 24
 MOST_MACS = 60_000_000
 """Larger links are left out: instructions grow with the work, and emulating them takes most of the time."""
 
-WORK = (
-    "kind",
-    "precision",
-    "label",
-    "on",
-    "nodes",
-    "macs",
-    "in_channels",
-    "out_channels",
-    "elements",
-    "weights",
-    "patches",
-)
+HALF = (
+    "conv", "conv_pointwise", "conv_depthwise", "conv_grouped", "conv_stem", "matmul", "matmul_rows1", "matmul_dynamic",
+    "Add", "Mul", "Sigmoid", "Relu", "HardSwish", "Gelu", "elementwise", "transcendental", "softmax", "normalization",
+    "MaxPool", "AveragePool", "GlobalAveragePool", "reduce", "Transpose", "move", "gather",
+)  # fmt: skip
+"""Kinds that are counted in float16, too."""
+
+WORK = tuple(f.name for f in dataclasses.fields(Row) if f.name != "seconds")
 Key = tuple[str, str, str]
 
 
@@ -58,6 +55,39 @@ def key(link: Link) -> Key:
 def overhead() -> Link:
     """A node that does next to nothing: what is left is dispatch."""
     return dataclasses.replace(unary("per_node", "f32", "Abs", (1, 4)), raw=True)
+
+
+class Half(Link):
+    """A float link in float16, for cores that compute in it."""
+
+    def build(self, count: int) -> onnx.ModelProto:
+        model = super().build(count)
+        for value in (*model.graph.input, *model.graph.output):
+            if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+                value.type.tensor_type.elem_type = TensorProto.FLOAT16
+        for tensor in model.graph.initializer:
+            if tensor.data_type == TensorProto.FLOAT:
+                array = numpy_helper.to_array(tensor).astype(np.float16)
+                tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+        return model
+
+
+def half(link: Link) -> Link:
+    values = {f.name: getattr(link, f.name) for f in dataclasses.fields(link)}
+    below = None if link.baseline is None else half(link.baseline)
+    return Half(**{**values, "precision": "f16", "baseline": below, "expect": ()})
+
+
+def everything(profile: Profile) -> Iterator[Link]:
+    """Links the core can run: those anyone can, and float16 ones where it computes in it."""
+    has_half = profile.emulation is not None and "asimdhp" in profile.emulation.features
+    seen = set()
+    for link in (overhead(), *links()):
+        seen.add(key(link))
+        yield link
+    for link in links():
+        if has_half and link.precision == "f32" and link.kind in HALF and (link.kind, "f16", link.label) not in seen:
+            yield half(link)
 
 
 def parts(link: Link) -> Iterator[Link]:
@@ -85,7 +115,9 @@ def execute(emulator: Emulator, profile: Profile, chains: Sequence[tuple[Link, i
         for i, (link, length) in enumerate(chains):
             model, path = link.build(length), Path(name, f"{i}.onnx")
             onnx.save(model, path)
-            jobs.append(Job(path, [feeds(model)], runs=1, keep=False, raw=link.raw))
+            types = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
+            feed = {n: a.astype(np.float16) if types[n] == TensorProto.FLOAT16 else a for n, a in feeds(model).items()}
+            jobs.append(Job(path, [feed], runs=1, keep=False, raw=link.raw))
         try:
             return emulator.run(profile, jobs)
         except EmulatorError as error:
@@ -136,9 +168,9 @@ def _batched(chosen: Iterable[Link]) -> Iterator[tuple[Link, ...]]:
         yield batch
 
 
-def record(link: Link, counts: dict[str, float]) -> list[object]:
-    work = (link.on, link.nodes, link.macs, *link.channels, link.elements, link.weights, link.patches)
-    return [*key(link), *work, *(round(counts[c]) for c in CLASSES)]
+def record(link: Link, counts: dict[str, float]) -> dict[str, object]:
+    work = dataclasses.asdict(row(link, 0.0))
+    return {**{name: work[name] for name in WORK}, **{c: round(counts[c]) for c in CLASSES}}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -149,23 +181,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--precision", default="", help="precisions to count, separated by commas")
     chosen = parser.parse_args(arguments)
     kinds, precisions = (set(filter(None, text.split(","))) for text in (chosen.only, chosen.precision))
+    profile = load_profile(chosen.profile)
     seen: set[Key] = set()
+    columns: Sequence[str] = [*WORK, *CLASSES]
     if chosen.file.exists():
         with chosen.file.open(newline="", encoding="utf-8") as file:
-            seen = {(r["kind"], r["precision"], r["label"]) for r in csv.DictReader(file)}
+            reader = csv.DictReader(file)
+            columns = reader.fieldnames or columns
+            seen = {(r["kind"], r["precision"], r["label"]) for r in reader}
     asked = (
         link
-        for link in (overhead(), *links())
+        for link in everything(profile)
         if link.macs <= MOST_MACS
         and (not kinds or link.kind in kinds)
         and (not precisions or link.precision in precisions)
     )
     wanted = [link for link in asked if key(link) not in seen]
     with chosen.file.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         if not seen:
-            writer.writerow([*WORK, *CLASSES])
-        for link, counts in count(Emulator(), load_profile(chosen.profile), wanted):
+            writer.writeheader()
+        for link, counts in count(Emulator(), profile, wanted):
             writer.writerow(record(link, counts))
             file.flush()
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -24,22 +25,19 @@ from onnxcompress.fitting.kernels import Fit, Row, fits, toml
 from onnxcompress.instructions import CLASSES
 
 PROFILES = weights.HERE.parent
-FREE = ("free", "f32"), ("free", "u8s8")
 
 
 def rows(core: weights.Core, cycles: weights.Array, ghz: float) -> Iterator[Row]:
     """Links with the seconds their instructions take."""
     path = weights.HERE / "counts" / f"onnxruntime_{core.runtime_counts}.csv"
+    types = {f.name: {"int": int, "float": float, "str": str}[str(f.type)] for f in dataclasses.fields(Row)}
     with path.open(newline="", encoding="utf-8") as file:
         for record in csv.DictReader(file):
             seconds = sum(float(record[c]) * price for c, price in zip(CLASSES, cycles, strict=True)) / (ghz * 1e9)
-            work = [
-                int(record[c])
-                for c in ("nodes", "macs", "in_channels", "out_channels", "elements", "weights", "patches")
-            ]
             if seconds <= 0:  # less than what it stands on: lost between two larger numbers
                 continue
-            one = Row(record["kind"], record["precision"], record["label"], *work, record["on"], seconds)
+            work = {name: types[name](record[name]) for name in types if name != "seconds"}
+            one = Row(**work, seconds=seconds)
             yield from _halves(one) if one.kind == "boundary" else (one,)
 
 
@@ -61,10 +59,13 @@ def refit(core: weights.Core, ghz: float) -> tuple[list[Fit], float, float]:
 
 def tables(core: weights.Core, kernels: Sequence[Fit], per_run: float, per_node: float) -> dict[str, str]:
     """The tables of a profile that are fitted, by name."""
+    text = toml(kernels, ()).strip() + "\n"
+    if any(f.precision == "f16" for f in kernels):
+        text = '[[kernel]]\nkind = "free"\nprecision = "f16"\n\n' + text
     return {
         "overhead": f"[overhead]\nns_per_run = {per_run * 1e9:.0f}\nns_per_node = {per_node * 1e9:.0f}\n",
         "instructions": weights.table(core),
-        "kernel": toml(kernels, ()).strip() + "\n",
+        "kernel": text,
     }
 
 
@@ -90,6 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     for name in chosen.cores or known:
         core = known[name]
+        if not core.profile:
+            continue
         path: Path = PROFILES / f"{core.profile}.toml"
         text = path.read_text(encoding="utf-8")
         kernels, per_run, per_node = refit(core, tomllib.loads(text)["device"]["frequency_ghz"])
