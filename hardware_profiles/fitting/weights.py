@@ -15,6 +15,7 @@ What is minimised is therefore the most probable price given a guess from how th
     sum_rows rho(log(predicted / measured) / SPREAD)
         + sum_classes (log(cycles / prior) / width)^2 + sum_boards (log(board) / BOARDS)^2
 
+where multiply-adds and products cost no less than the prior, the fastest a core can issue them (``limited``).
 rho is scipy's ``soft_l1``, as some submissions are off by a third for some networks. Logarithms make errors
 relative and prices positive. Errors are given as they will be judged: for networks the fit has not seen (the
 scalar of the board is known from the others), and for boards it has not seen (their scalar is the one that
@@ -59,6 +60,7 @@ class Core:
     runtime_factor: float
     boards: tuple[str, ...]
     tied: tuple[tuple[str, ...], ...]
+    limited: tuple[str, ...]
     prior: Array
     width: Array
 
@@ -86,7 +88,7 @@ def cores() -> dict[str, Core]:
     return {
         name: Core(
             name, one["profile"], one["counts"], one["runtime_counts"], one["runtime_factor"],
-            tuple(one["boards"]), tuple(map(tuple, one["tied"])),
+            tuple(one["boards"]), tuple(map(tuple, one["tied"])), tuple(one["limited"]),
             np.array([one["prior"][c][0] for c in CLASSES]), np.array([one["prior"][c][1] for c in CLASSES]),
         )
         for name, one in found.items()
@@ -127,7 +129,10 @@ def fit(core: Core, rows: Data) -> Array:
         robust = np.sign(error) * np.sqrt(2 * (np.sqrt(1 + error**2) - 1))
         return np.concatenate([robust, p[:n] / core.width, p[n:] / BOARDS])
 
-    found = least_squares(residuals, np.zeros(n + len(boards))).x
+    least = np.full(n + len(boards), -np.inf)
+    least[[list(CLASSES).index(name) for name in core.limited]] = 0
+    start = np.full(n + len(boards), 1e-3)  # inside the bounds
+    found = least_squares(residuals, start, bounds=(least, np.inf)).x
     cycles: Array = core.prior * np.exp(found[:n][share])
     scalars = [_scalar(cycles, rows.where(rows.board == board)) for board in boards]
     return cycles * float(np.exp(np.mean(np.log(scalars))))  # boards are 1 on average, not merely near it
