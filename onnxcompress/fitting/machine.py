@@ -17,34 +17,10 @@ from typing import Any
 __all__ = ["describe", "load"]
 
 ISA = [
-    "sse4_1",
-    "f16c",
-    "avx",
-    "avx2",
-    "fma",
-    "avx_vnni",
-    "avx_vnni_int8",
-    "avx512f",
-    "avx512bw",
-    "avx512vl",
-    "avx512_vnni",
-    "avx512_bf16",
-    "avx512_fp16",
-    "amx_tile",
-    "amx_int8",
-    "amx_bf16",
-    "neon",
-    "asimd",
-    "fphp",
-    "asimdhp",
-    "asimddp",
-    "i8mm",
-    "bf16",
-    "sve",
-    "sve2",
-    "svei8mm",
-    "sme",
-]
+    "sse4_1", "f16c", "avx", "avx2", "fma", "avx_vnni", "avx_vnni_int8", "avx512f", "avx512bw", "avx512vl",
+    "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16", "neon", "asimd", "fphp",
+    "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "svei8mm", "sme",
+]  # fmt: skip
 """Extensions that decide which kernels a runtime takes, as Linux names them."""
 
 ARM_PARTS = {
