@@ -19,7 +19,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import weights
+import weights  # type: ignore[import-not-found]  # a script beside this one
 
 from onnxcompress.fitting.kernels import Fit, Row, fits, toml
 from onnxcompress.instructions import CLASSES
