@@ -40,7 +40,11 @@ __all__ = ["Kit", "emit"]
 Array = npt.NDArray[Any]
 
 _SMALLEST = 1024
-"""Bytes of the smallest initializers that are left out; what decides fusions (shapes, axes, scalars) is smaller."""
+"""Bytes of the smallest initializers that are left out, of two axes or more.
+
+What decides fusions stays as it is: shapes, axes, scalars are small; scales have one axis, and the runtime takes a
+quantized bias only if its scales are those of the weight times that of the input.
+"""
 
 _AT = np.linspace(0.01, 0.99, 17)
 """Where quantiles are taken; without the rare far ends, which would be drawn too often."""
@@ -157,6 +161,7 @@ class _Writer:
         if link.expect or integer:
             entry["check"] = {
                 "expect": list(link.expect), "nodes": link.nodes, "integer": integer, "parallel": link.parallel,
+                "half": link.precision == "f16",
             }  # fmt: skip
         bases, base = [], link.baseline
         while base is not None:
@@ -178,7 +183,8 @@ class _Writer:
         weights, kept = [], []
         for tensor in model.graph.initializer:
             dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-            if len(tensor.raw_data) < _SMALLEST or dtype not in (np.float32, np.float16, np.int8, np.uint8, np.int32):
+            small = len(tensor.raw_data) < _SMALLEST or len(tensor.dims) < 2
+            if small or dtype not in (np.float32, np.float16, np.int8, np.uint8, np.int32):
                 kept.append(tensor)
                 continue
             spread = self._spread(numpy_helper.to_array(tensor))

@@ -339,6 +339,8 @@ class Device:
         expect = check["expect"]
         if expect and sum(op in expect for op in short) != self.manifest["short"] * check["nodes"]:
             raise LeftOutError(f"runs as {sorted(set(short))}")
+        if check["half"] and "Cast" in short:
+            raise LeftOutError("is computed in float32")
         if check["integer"]:
             grids = [sum(op in ("QuantizeLinear", "DequantizeLinear") for op in ops) for ops in (short, long)]
             links = self.manifest["long"] - self.manifest["short"]
