@@ -26,7 +26,7 @@ from onnx import TensorProto, numpy_helper
 
 from onnxcompress.emulation import Emulator, Executed, Job
 from onnxcompress.errors import EmulatorError
-from onnxcompress.fitting.kernels import NotFusedError, Row, check_fused, feeds, row
+from onnxcompress.fitting.kernels import NotFusedError, check_fused, feeds
 from onnxcompress.fitting.links import Link, links, unary
 from onnxcompress.instructions import CLASSES
 from onnxcompress.profile import Profile, load_profile
@@ -44,7 +44,10 @@ HALF = (
 )  # fmt: skip
 """Kinds that are counted in float16, too."""
 
-WORK = tuple(f.name for f in dataclasses.fields(Row) if f.name != "seconds")
+WORK = (
+    "kind", "precision", "label",
+    "nodes", "macs", "in_channels", "out_channels", "elements", "weights", "patches", "on",
+)  # fmt: skip
 Key = tuple[str, str, str]
 
 
@@ -169,7 +172,7 @@ def _batched(chosen: Iterable[Link]) -> Iterator[tuple[Link, ...]]:
 
 
 def record(link: Link, counts: dict[str, float]) -> dict[str, object]:
-    work = dataclasses.asdict(row(link, 0.0))
+    work = {**vars(link), "in_channels": link.channels[0], "out_channels": link.channels[1]}
     return {**{name: work[name] for name in WORK}, **{c: round(counts[c]) for c in CLASSES}}
 
 

@@ -5,7 +5,7 @@
     python hardware_profiles/fitting/refit.py --write        # all cores
 
 The instructions of every link (``counts/onnxruntime_*.csv``) are priced by class (``weights.py``), which gives it
-seconds; those are fitted by the linear forms of :mod:`onnxcompress.fitting.kernels` as if they had been measured.
+seconds; those are fitted by linear forms (``forms.py``) as if they had been measured.
 Of a profile ``[overhead]``, ``[instructions]`` and all ``[[kernel]]`` tables are rewritten and the rest is left alone.
 """
 
@@ -20,8 +20,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import weights  # type: ignore[import-not-found]  # a script beside this one
+from forms import Fit, Row, fits, toml  # type: ignore[import-not-found]
 
-from onnxcompress.fitting.kernels import Fit, Row, fits, toml
 from onnxcompress.instructions import CLASSES
 
 PROFILES = weights.HERE.parent
@@ -53,19 +53,16 @@ def refit(core: weights.Core, ghz: float) -> tuple[list[Fit], float, float]:
     cycles = core.runtime_factor * weights.fit(core, weights.data(core))
     found = list(rows(core, cycles, ghz))
     per_run, per_node = (next(r.seconds for r in found if r.kind == kind) for kind in ("per_run", "per_node"))
-    kernels, _ = fits([r for r in found if not r.kind.startswith("per_")], per_node)
+    kernels = fits([r for r in found if not r.kind.startswith("per_")], per_node)
     return kernels, per_run, per_node
 
 
 def tables(core: weights.Core, kernels: Sequence[Fit], per_run: float, per_node: float) -> dict[str, str]:
     """The tables of a profile that are fitted, by name."""
-    text = toml(kernels, ()).strip() + "\n"
-    if any(f.precision == "f16" for f in kernels):
-        text = '[[kernel]]\nkind = "free"\nprecision = "f16"\n\n' + text
     return {
         "overhead": f"[overhead]\nns_per_run = {per_run * 1e9:.0f}\nns_per_node = {per_node * 1e9:.0f}\n",
         "instructions": weights.table(core),
-        "kernel": text,
+        "kernel": toml(kernels).strip() + "\n",
     }
 
 
