@@ -101,6 +101,10 @@ def test_the_script_needs_only_numpy_and_onnxruntime_and_an_old_python(kit: Path
     for name in ("run.py", "machine.py"):
         tree = ast.parse((kit / name).read_text(encoding="utf-8"), feature_version=(3, 8))
         for node in ast.walk(tree):
+            if isinstance(node, ast.Assign):  # annotations are never looked at, but this would be
+                values = {n.value.id for n in ast.walk(node.value) if isinstance(n, ast.Subscript)
+                          and isinstance(n.value, ast.Name)}  # fmt: skip
+                assert not values & {"Callable", "Iterable", "dict", "list", "tuple"}
             if isinstance(node, ast.Import):
                 assert {alias.name.split(".")[0] for alias in node.names} <= allowed
             elif isinstance(node, ast.ImportFrom) and node.module != "onnxcompress.fitting.machine":

@@ -41,8 +41,6 @@ __all__ = ["Device", "main"]
 RUNS = 20
 """Of a network under the profiler."""
 
-Say = Callable[[str], None]
-
 
 class LeftOutError(Exception):
     """This model cannot be timed here; the text says why."""
@@ -123,6 +121,7 @@ class Stopwatch:
         if raw:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         self.now = clock()
+        self.feeds = feeds  # onnxruntime reads them where they are, and older ones do not keep them alive
         self.times: list[float] = []
         self.events: list[Any] = []
         with tempfile.TemporaryDirectory() as folder:
@@ -213,7 +212,7 @@ class Device:
         SystemExit: the kit is damaged, or the results are of something else.
     """
 
-    def __init__(self, kit: Path, results: Path, budget: float, say: Say = print) -> None:
+    def __init__(self, kit: Path, results: Path, budget: float, say: Callable[[str], None] = print) -> None:
         try:
             self.manifest = json.loads((kit / "manifest.json").read_text(encoding="utf-8"))
             self.models = zipfile.ZipFile(kit / "models.zip")
