@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -110,24 +109,6 @@ def _metric(spec: str) -> Callable[[str], float]:
     return score
 
 
-def _writable(path: Path, *, what: str) -> None:
-    """Says before a long run that its result could not be written.
-
-    Raises:
-        OutputError: no such folder, not writable, or ``path`` is a folder.
-    """
-    folder = path.parent
-    if not folder.is_dir():
-        raise OutputError(f"{what}: there is no folder {folder}", hint="make it first")
-    if path.is_dir():
-        raise OutputError(f"{what}: {path} is a folder", hint="name a file")
-    try:  # os.access knows nothing of read-only mounts, and root may do anything by its account
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OutputError(f"{what}: cannot write in {folder}: {error.strerror}", hint="choose another place") from error
-
-
 def _same(a: Path, b: Path) -> bool:
     return a.resolve() == b.resolve()
 
@@ -216,11 +197,11 @@ def optimize(
     output = output or model.with_name(f"{model.stem}.optimized.onnx")
     if max_drop is not None and metric is None:
         raise UsageError("--max-drop says how far a metric may fall, but there is no --metric")
-    _writable(output, what="-o")
+    shell.writable(output, what="-o")
     if _same(output, model):
         raise OutputError(f"{output} is the input model; it is never overwritten", hint="choose another -o")
     if report_file is not None:
-        _writable(report_file, what="--report")
+        shell.writable(report_file, what="--report")
         if _same(report_file, model) or _same(report_file, output):
             raise OutputError(f"--report {report_file} is the model", hint="choose another file")
     score = None if metric is None else _metric(metric)

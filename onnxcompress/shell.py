@@ -19,10 +19,12 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -32,9 +34,9 @@ from rich.status import Status
 from rich.text import Text
 
 from onnxcompress import tables
-from onnxcompress.errors import OnnxCompressError
+from onnxcompress.errors import OnnxCompressError, OutputError
 
-__all__ = ["Answer", "command", "examples", "progress", "run", "warn"]
+__all__ = ["Answer", "command", "examples", "progress", "run", "warn", "writable"]
 
 BUG, INTERRUPTED, PIPE_CLOSED, TERMINATED = 70, 130, 141, 143
 
@@ -164,6 +166,24 @@ def _logging(verbose: int) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
+
+
+def writable(path: Path, *, what: str) -> None:
+    """Says before a long run that its result could not be written.
+
+    Raises:
+        OutputError: no such folder, not writable, or ``path`` is a folder.
+    """
+    folder = path.parent
+    if not folder.is_dir():
+        raise OutputError(f"{what}: there is no folder {folder}", hint="make it first")
+    if path.is_dir():
+        raise OutputError(f"{what}: {path} is a folder", hint="name a file")
+    try:  # os.access knows nothing of read-only mounts, and root may do anything by its account
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(f"{what}: cannot write in {folder}: {error.strerror}", hint="choose another place") from error
 
 
 # --- what happens meanwhile --------------------------------------------------------------------
