@@ -226,7 +226,7 @@ def read_results(path: Path, *, force: bool) -> tuple[Measurements, list[str]]:
     except DataError as error:
         raise MeasurementError(error.message, hint=error.hint) from error
     notes: list[str] = []
-    meant = str(found.machine.get("kit_onnxruntime", ort.__version__))
+    meant = str(found.machine.get("kit_onnxruntime", found.onnxruntime))
     for other, what in ((meant, "its kit is for"), (ort.__version__, "here is")):
         if _minor(other) != _minor(found.onnxruntime):
             message = f"measured with onnxruntime {found.onnxruntime}, but {what} {other}"
