@@ -22,7 +22,7 @@ FOLDERS = ("passes", "models_zoo", "hardware_profiles")
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(layer.split())
     for layer in (
-        "errors guest",
+        "errors guest fitting.machine",
         "model report statistics images feeds findings",
         "view session sizes ranges origins synthetic profile_text pieces",
         "rewrite coupling smooth data work target",
@@ -34,7 +34,11 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "base profile calibrate evaluate interop liveness",
         "registry cost planner instructions",
         "sensitivity trial measurements emulation alternatives regions",
-        "fitting fitting.links",
+        "fitting fitting.links fitting.nets fitting.samples fitting.structure fitting.kit_run",
+        "fitting.measuring",
+        "fitting.own fitting.kit fitting.equations",
+        "fitting.regression",
+        "fitting.making",
         "alone fitting.kernels",
         "questions",
         "search forms",
@@ -43,7 +47,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "onnxcompress testing",
         "tables",
         "render_profile",
-        "render render_explain shell",
+        "render render_explain render_fit shell",
         "render_validation",
         "cli_profile",
         "cli",

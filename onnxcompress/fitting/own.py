@@ -225,6 +225,14 @@ def read_results(path: Path, *, force: bool) -> tuple[Measurements, list[str]]:
         found = Measurements.from_json(text, path=str(path))
     except DataError as error:
         raise MeasurementError(error.message, hint=error.hint) from error
+    try:
+        caches = [{"name": str(c["name"]), "bytes": int(c["bytes"]), "shared": bool(c["shared"])}
+                  for c in found.machine.get("caches", ())]  # fmt: skip
+        isa = [str(flag) for flag in found.machine.get("isa", ())]
+    except (TypeError, KeyError, ValueError) as error:
+        raise MeasurementError("what it says of the machine is no description", path=path,
+                               hint="run the kit again") from error  # fmt: skip
+    found = dataclasses.replace(found, machine={**found.machine, "caches": caches, "isa": isa})
     notes: list[str] = []
     meant = str(found.machine.get("kit_onnxruntime", found.onnxruntime))
     for other, what in ((meant, "its kit is for"), (ort.__version__, "here is")):
