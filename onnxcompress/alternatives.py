@@ -92,7 +92,7 @@ def spent_on(cost: CostModel, work: NodeWork, precision: str) -> dict[str, float
         return model.node(what, precision) or 0.0
 
     now = price(work)
-    memory = now - price(work, replace(cost, weight_bytes=0))
+    memory = now - price(work, replace(cost, traffic_bytes=0))
     still = replace(work, elements_in=0, elements_out=0, patches=0, segments=0, segments_nhwc=0)
     parts = {
         "arithmetic": now - price(replace(work, macs=0)),

@@ -28,7 +28,7 @@ import onnx_ir as ir
 
 from onnxcompress.data import Source
 from onnxcompress.errors import DataError, ModelRunError
-from onnxcompress.model import clone
+from onnxcompress.model import clone, inferred_types
 from onnxcompress.session import Runner, main_values
 from onnxcompress.statistics import ChannelMoments, Evidence, Histogram, Need, Statistic
 
@@ -350,11 +350,19 @@ def _moments(blocks: Array) -> Iterable[tuple[Array, Array, Array]]:
 # --- shapes ------------------------------------------------------------------------------------
 
 
-def value_shapes(model: ir.Model, feed: dict[str, Array], *, threads: int | None = None) -> dict[str, tuple[int, ...]]:
-    """Concrete shape of every tensor of the main graph for one feed, inputs and weights included.
+def value_shapes(
+    model: ir.Model, feed: dict[str, Array], *, threads: int | None = None, bodies: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """Concrete shape of every tensor for one feed, inputs and weights included.
 
-    A ``Shape`` node is put on every value, so no activation is kept or copied. Values that are no
-    tensors (sequences, optionals) are left out.
+    A ``Shape`` node is put on every value of the main graph, so no activation is kept or copied. Values that
+    are no tensors (sequences, optionals) are left out.
+
+    Args:
+        model: the model.
+        feed: an input.
+        threads: of onnxruntime.
+        bodies: also inside If, Loop and Scan, as far as shapes there follow from those of the main graph.
     """
     shapes = {name: tuple(np.shape(array)) for name, array in feed.items() if isinstance(array, np.ndarray)}
     for value in model.graph.initializers.values():
@@ -366,7 +374,13 @@ def value_shapes(model: ir.Model, feed: dict[str, Array], *, threads: int | None
     except ModelRunError:  # a value of unknown type may be a sequence: ask onnxruntime, then leave those out
         types = Runner(model, outputs=names, optimize=False, threads=threads).types
         found = _measured(model, [n for n in names if types[n].startswith("tensor(")], feed, threads)
-    return shapes | found
+    shapes |= found
+    if bodies and any(True for _ in model.graph.subgraphs()):
+        inside = inferred_types(model, shapes)
+        for value, (_, shape) in inside.items():
+            if shape is not None and value.name not in shapes and all(isinstance(d, int) for d in shape):
+                shapes[str(value.name)] = tuple(d for d in shape if isinstance(d, int))
+    return shapes
 
 
 def _static(tensor: ir.TensorProtocol) -> tuple[int, ...]:

@@ -20,9 +20,9 @@ from onnxcompress.liveness import peak_activation_bytes
 from onnxcompress.profile import Kernel, Profile
 from onnxcompress.sizes import ZSTD_LEVEL
 from onnxcompress.view import GraphView
-from onnxcompress.work import NodeWork, Shapes, is_constant, work_of
+from onnxcompress.work import NodeWork, Shapes, is_constant, kinds_of, work_of
 
-__all__ = ["CostModel", "Costing", "ModelCost", "NodeCost", "NodeWork", "Use", "work_of"]
+__all__ = ["CostModel", "Costing", "ModelCost", "NodeCost", "NodeWork", "Quantities", "Use", "quantities", "work_of"]
 
 
 @dataclass(frozen=True)
@@ -124,14 +124,14 @@ class Use:
     Attributes:
         name: of the node.
         key: of the kernel: (kind, precision, on), or of a fusion: ("fused", precision, operator type).
-        quantities: for a fusion only ``element`` counts.
+        work: what it is multiplied with, see :func:`quantities`; of a fusion only ``elements_out`` counts.
         missed: by level of the cache, nearest first, and of memory at last.
         dispatched: nodes dispatched: 1, or 0 for what runs inside another.
     """
 
     name: str
     key: tuple[str, str, str]
-    quantities: Quantities
+    work: NodeWork
     missed: tuple[Missed, ...] = ()
     dispatched: int = 1
 
@@ -142,8 +142,8 @@ class CostModel:
 
     Args:
         profile: the device.
-        weight_bytes: bytes of weights the whole model reads in a run, which decide what stays in the
-            caches from one run to the next; see :meth:`for_model`.
+        traffic_bytes: bytes the whole model touches in a run, weights and activations, which decide
+            what weights stay in the caches from one run to the next; see :meth:`for_model`.
 
     Example:
         >>> from onnxcompress.profile import load_profile
@@ -156,7 +156,7 @@ class CostModel:
     """
 
     profile: Profile
-    weight_bytes: int = 0
+    traffic_bytes: int = 0
 
     def for_model(self, view: GraphView, shapes: Shapes) -> CostModel:
         """These prices where the nodes of a model, and so the misses of its weights, are meant."""
@@ -170,7 +170,7 @@ class CostModel:
         kernel = self._kernel(work, precision)
         if kernel is None:
             return None
-        nanoseconds = self.profile.overhead.ns_per_node + _price(kernel, _quantities(kernel, work, precision))
+        nanoseconds = self.profile.overhead.ns_per_node + _price(kernel, quantities(kernel, work))
         return 1e-9 * (nanoseconds + self._price_of_misses(self._missed(work, precision)))
 
     def convert(self, elements: int, direction: Literal["quantize", "dequantize"], *, maps: bool = False) -> float:
@@ -208,40 +208,56 @@ class CostModel:
         for node in view.nodes():
             work, precision = execution.work(node), execution.precision(node)
             if (rule := execution.rule.get(node)) is not None:
-                zero = Quantities(0.0, 0.0, float(work.elements_out), 0.0, 0.0, 0.0)
-                found.append(Use(work.name, ("fused", rule.precision, node.op_type), zero, dispatched=0))
+                if not rule.constant_operand:  # else it has gone into the weights
+                    found.append(Use(work.name, ("fused", rule.precision, node.op_type), work, dispatched=0))
             elif execution.runs(node):
-                work = _converted(execution, node, work)
-                if (kernel := cost._kernel(work, precision)) is not None:
-                    quantities = _quantities(kernel, work, precision)
-                    key = (kernel.kind, kernel.precision, kernel.on)
-                    found.append(Use(work.name, key, quantities, cost._missed(work, precision)))
+                found += cost._use(_converted(execution, node, work), precision)
+            for size in execution.reordered.get(node, ()):
+                found += cost._use(_reorder(work.name, size), "f32")
         return tuple(found)
+
+    def reorder(self, size: int) -> tuple[Use, ...]:
+        """What a change to or from the blocked layout draws on; nothing if the profile knows of none.
+
+        Args:
+            size: elements of the map.
+        """
+        return tuple(self._use(_reorder("", size), "f32"))
+
+    def _use(self, work: NodeWork, precision: str) -> Iterator[Use]:
+        if (kernel := self._kernel(work, precision)) is not None:
+            yield Use(work.name, (kernel.kind, kernel.precision, kernel.on), work, self._missed(work, precision))
 
     # --- parts of a price -------------------------------------------------------------------------------
 
     def _settled(self, execution: Execution) -> CostModel:
-        nodes = execution.view.nodes()
-        total = sum(execution.work(n).weights * bytes_per_weight(execution.precision(n)) for n in nodes)
-        return replace(self, weight_bytes=int(total))
+        total = 0.0
+        for node in execution.view.nodes():
+            work, precision = execution.work(node), execution.precision(node)
+            total += work.weights * bytes_per_weight(precision)
+            if execution.runs(node):
+                total += work.elements_out * bytes_per_activation(precision)
+        return replace(self, traffic_bytes=int(total))
 
     def _kernel(self, work: NodeWork, precision: str) -> Kernel | None:
-        return self.profile.kernel(work.kind, precision, op_type=float_name(work.op_type), maps=work.maps)
+        return self.profile.kernel(
+            work.kind, precision, op_type=float_name(work.op_type), maps=work.maps, blocked=work.blocked
+        )
 
     def _levels(self) -> Iterator[tuple[int, float, float]]:
         """Of each level its bytes, and what a byte of activations and of weights costs that it does not hold."""
-        for cache in self.profile.caches:
-            yield cache.bytes, cache.ns_per_byte, cache.ns_per_weight_byte
+        for cache in self.profile.caches:  # of a cache that cores share, others use half
+            yield cache.bytes // (2 if cache.shared else 1), cache.ns_per_byte, cache.ns_per_weight_byte
         if self.profile.memory is not None:
             yield self.profile.memory.cache_bytes, 0.0, self.profile.memory.ns_per_byte
 
     def _missed(self, work: NodeWork, precision: str) -> tuple[Missed, ...]:
         weights = work.weights * bytes_per_weight(precision)
-        activations = work.elements * (1 if precision == "u8s8" else 4)
+        activations = work.elements * bytes_per_activation(precision)
         found = []
         for size, *_ in self._levels():
             # Weights are read in turn, so a cache that keeps the latest soon keeps none of the next run's.
-            gone = min(max((self.weight_bytes - size) / max(size, 1), 0.0), 1.0)
+            gone = min(max((self.traffic_bytes - size) / max(size, 1), 0.0), 1.0)
             spilt = min(max(2 * (activations + weights) / max(size, 1) - 1, 0.0), 1.0)
             found.append(Missed(activations * spilt, weights * gone))
         return tuple(found)
@@ -251,31 +267,46 @@ class CostModel:
         return sum(m.activations * a + m.weights * w for m, (_, a, w) in levels)
 
 
-def _quantities(kernel: Kernel, work: NodeWork, precision: str) -> Quantities:
+def quantities(kernel: Kernel, work: NodeWork) -> Quantities:
+    """What the coefficients of a kernel are multiplied with for a node: channels padded, misalignment included."""
     padded, factor = 1.0, 1.0
-    for channels in (work.in_channels, work.out_channels):
-        if channels > 1:
+    for channels, least in ((work.in_channels, 1), (work.out_channels, 0)):  # one input channel has a path of its own
+        if channels > least:
             padded *= math.ceil(channels / kernel.channel_block) * kernel.channel_block / channels
+        if channels > 1:
             factor = factor if channels % kernel.aligned_to == 0 else kernel.misaligned_factor
-    segments = work.segments_nhwc if precision == "u8s8" and work.maps else work.segments
-    quantities = (1.0, work.macs * padded, work.elements, work.weights, work.patches, segments)
-    return Quantities(*(factor * q for q in quantities))
+    segments = work.segments
+    if kernel.precision == "u8s8" and (work.maps or work.kind.startswith("conv")):
+        # Channels are last, but elementwise operators also run where there is no convolution to ask for that.
+        either = kinds_of(work.op_type)[0] in ("elementwise", "transcendental")
+        segments = min(work.segments, work.segments_nhwc) if either else work.segments_nhwc
+    found = (1.0, work.macs * padded, work.elements, work.weights, work.patches, segments)
+    return Quantities(*(factor * q for q in found))
 
 
-def _price(kernel: Kernel, quantities: Quantities) -> float:
+def _price(kernel: Kernel, amounts: Quantities) -> float:
     return (
-        kernel.ns_fixed * quantities.fixed
-        + kernel.ns_per_mac * quantities.mac
-        + kernel.ns_per_element * quantities.element
-        + kernel.ns_per_weight * quantities.weight
-        + kernel.ns_per_patch * quantities.patch
-        + kernel.ns_per_segment * quantities.segment
+        kernel.ns_fixed * amounts.fixed
+        + kernel.ns_per_mac * amounts.mac
+        + kernel.ns_per_element * amounts.element
+        + kernel.ns_per_weight * amounts.weight
+        + kernel.ns_per_patch * amounts.patch
+        + kernel.ns_per_segment * amounts.segment
     )
 
 
 def bytes_per_weight(precision: str) -> float:
     """Bytes the kernels of a precision read for one weight."""
     return {"f32": 4.0, "f16": 2.0, "w4": 0.5}.get(precision, 1.0)
+
+
+def _reorder(name: str, size: int) -> NodeWork:
+    return NodeWork(name, "", "reorder", elements_in=size, elements_out=size)
+
+
+def bytes_per_activation(precision: str) -> float:
+    """Bytes of an activation at a precision."""
+    return {"u8s8": 1.0, "f16": 2.0}.get(precision, 4.0)
 
 
 def _converted(execution: Execution, node: ir.Node, work: NodeWork) -> NodeWork:
@@ -364,6 +395,8 @@ class Costing:
         elif execution.runs(node):
             price = self.prices.node(_converted(execution, node, work), precision)
             known, seconds = known and price is not None, price or 0.0
+        for size in execution.reordered.get(node, ()):
+            seconds += self.prices.node(_reorder("", size)) or 0.0
         tensors = [t for v in node.inputs if v is not None for t in self._stored(v)]
         return NodeCost(
             work.name, work.op_type, work.kind, precision, work.macs, work.params, sum(t.nbytes for t in tensors),

@@ -7,14 +7,17 @@ where the profile has one; where it has none the node runs in float and both con
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import onnx_ir as ir
 
+from onnxcompress.layout import Layouts
 from onnxcompress.profile_schema import Profile
 from onnxcompress.profile_tables import Fusion
 from onnxcompress.view import GraphView
-from onnxcompress.work import FAMILY, NodeWork, Shapes, is_constant, work_of
+from onnxcompress.work import FAMILY, NodeWork, Shapes, is_constant, shape_of, work_of
 
 __all__ = ["REMOVED", "Execution", "bodies", "float_name"]
 
@@ -22,6 +25,7 @@ REMOVED = ("Identity", "Dropout", "Constant")
 """Operators that are gone once a model is loaded."""
 
 _CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
+_BYTES = (ir.DataType.UINT8, ir.DataType.INT8)
 _DYNAMIC = ("MatMulInteger", "ConvInteger", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul")
 
 
@@ -37,6 +41,8 @@ class Execution:
         inside: node -> the node whose kernel runs it.
         rule: absorbed node -> the rule that lets it vanish, where there is one.
         integer: nodes that run as integer kernels.
+        blocked: nodes that work in the blocked layout.
+        reordered: node -> sizes of the maps that are brought into or out of the blocked layout for it.
     """
 
     def __init__(self, profile: Profile, view: GraphView, shapes: Shapes) -> None:
@@ -45,24 +51,55 @@ class Execution:
         self.rule: dict[ir.Node, Fusion] = {}
         self.integer: set[ir.Node] = set()
         self._work: dict[ir.Node, NodeWork] = {}
+        self.blocked: set[ir.Node] = set()
+        self._plain: set[ir.Node] = set()
         self._by_op: dict[tuple[str, str, str], list[Fusion]] = {}
         for fusion in profile.fusions:
             self._by_op.setdefault((fusion.op, fusion.precision, fusion.side), []).append(fusion)
         self._fuse(view.nodes())
+        self.reordered: dict[ir.Node, list[int]] = {}
+        if profile.layout is not None:
+            layouts = Layouts(profile.layout, view, self._floats, self._shape, self.inside)
+            self.blocked = layouts.blocked
+            for found in layouts.reorders:
+                size = math.prod(self._shape(found.value) or ())
+                self.reordered.setdefault(found.node, []).append(size)
+            self._plain = layouts.plain
+            self._work.clear()
 
     # --- questions ---------------------------------------------------------------------------------------
 
     def work(self, node: ir.Node) -> NodeWork:
         """Work of a node."""
         if node not in self._work:
-            self._work[node] = work_of(self.view, node, self.shapes)
+            work = work_of(self.view, node, self.shapes)
+            if node in self.blocked:
+                # Fewer channels than a block are read from the plain layout, by the kernel of a first layer.
+                kind = "conv_stem" if node in self._plain else work.kind
+                work = replace(work, blocked=True, kind=kind)
+            self._work[node] = work
         return self._work[node]
 
     def precision(self, node: ir.Node) -> str:
-        """How a node runs: "f32", "u8s8" or "dynamic"."""
+        """How a node runs: one of :data:`~onnxcompress.profile_tables.PRECISIONS`."""
         if node in self.integer or node.op_type.startswith("QLinear"):
             return "u8s8"
-        return "dynamic" if node.op_type in _DYNAMIC else "f32"
+        if node.op_type == "MatMulNBits":
+            bits = node.attributes.get("bits")
+            return f"w{4 if bits is None else bits.as_int()}"
+        if node.op_type in _DYNAMIC:
+            return "dynamic"
+        if self._moves_integers(node):
+            return "u8s8"
+        return "f16" if node.outputs and node.outputs[0].dtype == ir.DataType.FLOAT16 else "f32"
+
+    def _moves_integers(self, node: ir.Node) -> bool:
+        """Whether a node works on 8-bit integers as they are: a lookup in a quantized table, a turned map."""
+        data = node.inputs[0] if node.inputs else None
+        if data is None or data.dtype not in _BYTES or node.op_type in (*_CONVERSIONS, "Cast"):
+            return False
+        work = self.work(node)
+        return self.profile.kernel(work.kind, "u8s8", op_type=float_name(node.op_type), maps=work.maps) is not None
 
     def runs(self, node: ir.Node) -> bool:
         """Whether a kernel of its own runs a node."""
@@ -74,6 +111,12 @@ class Execution:
         maker = self.view.producer(node.inputs[0]) if quantizes and node.inputs[0] is not None else None
         others = [maker] if quantizes else [n for n, _ in self.view.consumers(node.outputs[0])]
         return any(n is not None and FAMILY.get(n.op_type) not in ("move", "free") for n in others)
+
+    def _floats(self, node: ir.Node) -> bool:
+        return self.precision(self.inside.get(node, node)) == "f32" and not self._folded(node)
+
+    def _shape(self, value: ir.Value | None) -> tuple[int, ...] | None:
+        return None if value is None else shape_of(self.view, self.shapes, value)
 
     def _folded(self, node: ir.Node) -> bool:
         """Computed once, when the model is loaded. Of a DequantizeLinear that is not so."""
@@ -117,17 +160,26 @@ class Execution:
             others = [v for v in reader.inputs if v is not None and v is not last.outputs[0]]
             if len(others) != sum(v is not None for v in reader.inputs) - 1:
                 break
-            rule = self._rule_for(reader, rules, all(is_constant(self.view, v) for v in others))
-            if rule is None:
+            rule = next((f for f in rules if self._fits(f, node, last, reader, others)), None)
+            if rule is None or reader in self.inside:
                 break
             found.append((reader, rule))
             last = reader
         return found
 
-    @staticmethod
-    def _rule_for(node: ir.Node, rules: list[Fusion], constant: bool) -> Fusion | None:
-        fitting = (f for f in rules if node.op_type in f.absorbs and (constant or not f.constant_operand))
-        return next(fitting, None)
+    def _fits(self, rule: Fusion, node: ir.Node, last: ir.Node, reader: ir.Node, others: list[ir.Value]) -> bool:
+        """Whether a rule lets ``reader`` vanish into ``node``, of whose chain ``last`` is the end so far."""
+        if reader.op_type not in rule.absorbs:
+            return False
+        if rule.same_operand:
+            return all(v in node.inputs for v in others)
+        data = self._shape(last.outputs[0])
+        if rule.constant_operand:
+            channels = 0 if data is None or not data else data[1 if len(data) > 2 and node.op_type == "Conv" else -1]
+            sizes = [math.prod(self._shape(v) or ()) for v in others]
+            return all(is_constant(self.view, v) for v in others) and all(n == channels for n in sizes)
+        constant = all(is_constant(self.view, v) for v in others)
+        return constant or all(self._shape(v) == data for v in others)
 
     def _rules(self, node: ir.Node, precision: str, side: str) -> list[Fusion]:
         return self._by_op.get((node.op_type, precision, side), [])
@@ -139,7 +191,7 @@ class Execution:
         if feeder is None or self._only_reader(feeder) is not node:
             return None
         constant = all(v is None or is_constant(self.view, v) for v in feeder.inputs[1:])
-        rule = self._rule_for(feeder, rules, constant)
+        rule = next((f for f in rules if feeder.op_type in f.absorbs and (constant or not f.constant_operand)), None)
         return None if rule is None else (feeder, rule)
 
     def _only_reader(self, node: ir.Node) -> ir.Node | None:

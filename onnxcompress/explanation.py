@@ -78,7 +78,7 @@ def explain(
     device = profile if isinstance(profile, Profile) else load_profile(os.fspath(profile))
     bound = with_shapes(model, shapes or {})
     tidied = models.infer_types(_tidied(bound, device.target()))
-    seen = value_shapes(tidied, open_data(None, bound).first())
+    seen = value_shapes(tidied, open_data(None, bound).first(), bodies=True)
     return _Explainer(GraphView(tidied), device, seen).result(len(GraphView(bound).nodes()))
 
 

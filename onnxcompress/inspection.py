@@ -41,7 +41,7 @@ def inspect(
     """
     device = profile if isinstance(profile, Profile) else load_profile(os.fspath(profile))
     bound = with_shapes(model, shapes or {})
-    return CostModel(device).model(GraphView(bound), value_shapes(bound, open_data(None, bound).first()))
+    return CostModel(device).model(GraphView(bound), value_shapes(bound, open_data(None, bound).first(), bodies=True))
 
 
 def with_shapes(model: ModelLike, shapes: Mapping[str, tuple[int, ...]]) -> ir.Model:

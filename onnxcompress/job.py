@@ -126,7 +126,7 @@ class Job:
         model = models.infer_types(model)
         model = self._lossless(model, [p for p in chosen if p.lossless and p.stage is not Stage.NORMALISE])
         self.normalised = self.result = model
-        self.shapes = value_shapes(model, self.calibration.first())
+        self.shapes = value_shapes(model, self.calibration.first(), bodies=True)
         self.predicted = self.cost.model(GraphView(model), self.shapes).seconds
         self._rewrite(lossy, by_hand=by_hand)
         if self.timing:

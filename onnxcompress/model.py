@@ -150,18 +150,32 @@ def canonicalize(model: ir.Model) -> list[str]:
     return changed
 
 
-def inferred_types(model: ir.Model) -> dict[ir.Value, tuple[ir.DataType | None, Shape | None]]:
+def inferred_types(
+    model: ir.Model, given: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[ir.Value, tuple[ir.DataType | None, Shape | None]]:
     """Element type and shape of every value, derived from graph inputs and weights alone.
 
     Shapes written down elsewhere in the file are not believed: the runtime checks only inputs.
     The model is left as it is.
+
+    Args:
+        model: the model.
+        given: shapes of values of the main graph that are known otherwise, by name.
     """
     copy = clone(model)
     for graph in all_graphs(copy):
         for node in graph:
             for value in node.outputs:
                 value.shape = None
-    ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(copy)
+    infer = ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)
+    infer(copy)
+    if given:
+        values = (*copy.graph.inputs, *(v for node in copy.graph for v in node.outputs))
+        for value in values:  # a shape without a type is not listened to
+            known = given.get(str(value.name))
+            if known is not None and value.dtype is not None:
+                value.shape = ir.Shape(known)
+        infer(copy)
     found: dict[ir.Value, tuple[ir.DataType | None, Shape | None]] = {}
     for original, inferred in zip(all_graphs(model), all_graphs(copy), strict=True):
         pairs = list(zip(original.inputs, inferred.inputs, strict=True))

@@ -22,6 +22,7 @@ Integers = Callable[["ir.Value | None"], tuple[int, ...]]
 
 _JOINING = ("Concat", "Split")
 _ROWS = ("softmax", "normalization")
+_PLANES = ("BatchNormalization", "InstanceNormalization", "GroupNormalization", "LRN")
 
 
 def pieces(
@@ -52,9 +53,7 @@ def pieces(
     return plain, plain
 
 
-def _plain(
-    node: ir.Node, kind: str, data: Shape, out: Shape, known: Sequence[Shape], integers: Integers
-) -> int:
+def _plain(node: ir.Node, kind: str, data: Shape, out: Shape, known: Sequence[Shape], integers: Integers) -> int:
     op = node.op_type
     size = math.prod(out)
     if op == "Transpose":
@@ -70,10 +69,14 @@ def _plain(
         axes = _axes(node, integers)
         last = not axes or len(data) - 1 in {a % len(data) for a in axes if data}
         return size if last else math.prod(data)
+    if node.op_type in _PLANES:
+        return math.prod(data[:2])
     if kind in _ROWS and data:
         return math.prod(data[:-1]) if _axis(node, -1, len(data)) == len(data) - 1 else math.prod(data)
     if kind == "pool":
         return math.prod(data[:2])
+    if kind in ("quantize", "dequantize") and len(known) > 1 and math.prod(known[1]) > 1:
+        return math.prod(data[: _axis(node, 1, len(data)) + 1])  # a scale for each of them
     return 1
 
 
@@ -111,9 +114,9 @@ def _spans(shapes: Sequence[Shape], out: Shape) -> tuple[int, int]:
     if len(shapes) < 2:
         return 1, 1
     size = math.prod(out)
-    straight = min(span(s, t) for i, s in enumerate(shapes) for t in shapes[i + 1 :])
-    last = [_channels_last(s, len(out)) for s in shapes]
-    turned = min(span(s, t) for i, s in enumerate(last) for t in last[i + 1 :])
+    last = _channels_last(out, len(out))
+    straight = min(span(s, out) for s in shapes)
+    turned = min(span(_channels_last(s, len(out)), last) for s in shapes)
     return max(size // straight, 1), max(size // turned, 1)
 
 

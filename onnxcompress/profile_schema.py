@@ -28,6 +28,7 @@ from onnxcompress.profile_tables import (
     Fusion,
     Instructions,
     Kernel,
+    Layout,
     Limits,
     Memory,
     Overhead,
@@ -65,6 +66,7 @@ class Profile(Table):
     runtime: Runtime
     quantization: Quantization
     limits: Limits | None = None
+    layout: Layout | None = None
     overhead_: Overhead = Field(alias="overhead")
     memory_: Memory | None = Field(default=None, alias="memory")
     energy: Energy | None = None
@@ -104,35 +106,39 @@ class Profile(Table):
         return {(_bare(k.kind), k.precision, k.on): k for k in self.kernels}
 
     @cached_property
-    def _found(self) -> dict[tuple[str, str, str, bool], Kernel | None]:
+    def _found(self) -> dict[tuple[str, str, str, bool, bool], Kernel | None]:
         return {}
 
     @cached_property
     def _ops(self) -> frozenset[str]:
         return frozenset() if self.limits is None else frozenset(map(_bare, self.limits.ops))
 
-    def kernel(self, kind: str, precision: str, *, op_type: str = "", maps: bool = False) -> Kernel | None:
+    def kernel(
+        self, kind: str, precision: str, *, op_type: str = "", maps: bool = False, blocked: bool = False
+    ) -> Kernel | None:
         """The kernel that prices a node; None if the runtime cannot run it at this precision.
 
-        An entry for the operator type goes before one for its kind, one for feature maps before one
-        for anything. ``resize_linear`` has no family to fall back on.
+        An entry for the operator type goes before one for its kind, one for blocked feature maps before one
+        for any, and that before one for anything. ``resize_linear`` has no family to fall back on.
 
         Args:
             kind: kernel kind.
             precision: one of :data:`PRECISIONS`.
             op_type: operator type of the node.
             maps: it works on feature maps.
+            blocked: they are in the blocked layout.
         """
-        asked = (kind, precision, op_type, maps)
+        asked = (kind, precision, op_type, maps, blocked)
         if asked not in self._found:
-            self._found[asked] = self._look_up(kind, precision, op_type, maps)
+            self._found[asked] = self._look_up(kind, precision, op_type, maps, blocked)
         return self._found[asked]
 
-    def _look_up(self, kind: str, precision: str, op_type: str, maps: bool) -> Kernel | None:
+    def _look_up(self, kind: str, precision: str, op_type: str, maps: bool, blocked: bool) -> Kernel | None:
         if self._ops and op_type and op_type not in self._ops:
             return None
         names = [kind] if kind == "resize_linear" else [op_type, kind]
-        for name, on in itertools.product(names, ("maps", "any") if maps else ("any",)):
+        places = (*(("blocked",) if blocked else ()), *(("maps",) if maps else ()), "any")
+        for name, on in itertools.product(names, places):
             found = self._table.get((name, precision, on))
             if found is not None:
                 return found
@@ -167,8 +173,8 @@ class Profile(Table):
 
 TABLES: dict[str, type[BaseModel]] = {
     "device": Device, "provenance": Provenance, "runtime": Runtime, "quantization": Quantization, "limits": Limits,
-    "overhead": Overhead, "memory": Memory, "energy": Energy, "instructions": Instructions, "cache": Cache,
-    "emulation": Emulation, "kernel": Kernel, "fusion": Fusion,
+    "layout": Layout, "overhead": Overhead, "memory": Memory, "energy": Energy, "instructions": Instructions,
+    "cache": Cache, "emulation": Emulation, "kernel": Kernel, "fusion": Fusion,
 }  # fmt: skip
 """Tables a file may have, by name."""
 

@@ -25,6 +25,7 @@ __all__ = [
     "Fusion",
     "Instructions",
     "Kernel",
+    "Layout",
     "Limits",
     "Memory",
     "Overhead",
@@ -156,6 +157,31 @@ class Limits(Table):
         return tuple(known_operator(op, qualified=True) for op in ops)
 
 
+class Layout(Table):
+    """Operators that work on feature maps whose channels are cut into blocks; the rest makes them be reordered.
+
+    Attributes:
+        block: channels of a block.
+        align: channels that are no multiple of this cannot be reordered, and stay in the plain layout.
+        starts: operator types that bring about the layout.
+        carries: that keep it.
+        joins: that keep it if all their inputs have it.
+        source: where this is from.
+    """
+
+    block: int = Field(ge=1)
+    align: int = Field(ge=1)
+    starts: Annotated[tuple[str, ...], LIST] = ()
+    carries: Annotated[tuple[str, ...], LIST] = ()
+    joins: Annotated[tuple[str, ...], LIST] = ()
+    source: str = ""
+
+    @field_validator("starts", "carries", "joins")
+    @classmethod
+    def _known_ops(cls, ops: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(known_operator(op) for op in ops)
+
+
 class Overhead(Table):
     """Cost of running at all: per call of the model and per node that is dispatched."""
 
@@ -186,7 +212,7 @@ class Cache(Table):
     Attributes:
         name: as people call it.
         bytes: how much it holds.
-        shared: between cores.
+        shared: between cores; then half of it counts.
         ns_per_byte: for a byte of activations it does not hold, on top of the kernel.
         ns_per_weight_byte: for a byte of weights it does not hold.
         source: where the numbers come from.
@@ -207,7 +233,8 @@ class Kernel(Table):
         kind: a kind of :data:`~onnxcompress.work.KINDS`, or an operator type ("HardSwish"; one that is not
             of ONNX or onnxruntime with its domain, "com.example.Fly"), which then goes before its family.
         precision: one of :data:`PRECISIONS`.
-        on: ``maps``: for feature maps (4-D and more) only.
+        on: ``maps``: for feature maps (4-D and more) only; ``blocked``: only for those in the blocked
+            layout (see ``layout``).
         ns_fixed: per node, besides ``overhead.ns_per_node``.
         ns_per_mac: per multiply-accumulate.
         ns_per_element: per activation element read or written.
@@ -223,7 +250,7 @@ class Kernel(Table):
 
     kind: str
     precision: Precision
-    on: Literal["any", "maps"] = "any"
+    on: Literal["any", "maps", "blocked"] = "any"
     ns_fixed: Nanoseconds = 0.0
     ns_per_mac: Nanoseconds = 0.0
     ns_per_element: Nanoseconds = 0.0
@@ -250,7 +277,8 @@ class Fusion(Table):
         absorbs: operator types it takes in, if nothing else reads the value between them.
         side: ``after``: those that read its output; ``before``: those that make its first input.
         precision: how the neighbour runs.
-        constant_operand: only if all other inputs of the absorbed node are constant.
+        constant_operand: only if all other inputs of the absorbed node are constant, and as many as channels.
+        same_operand: only if its other input is what the neighbour reads: x * Sigmoid(x).
         ns_per_element: what an element of an absorbed node's output still costs.
     """
 
@@ -259,6 +287,7 @@ class Fusion(Table):
     side: Literal["after", "before"] = "after"
     precision: Precision = "f32"
     constant_operand: bool = False
+    same_operand: bool = False
     ns_per_element: Nanoseconds = 0.0
 
     @field_validator("op")

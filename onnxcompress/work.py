@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # profiles need the kinds, and not onnx-ir, which takes half 
 
     from onnxcompress.view import GraphView
 
-__all__ = ["FAMILY", "KINDS", "NodeWork", "Shapes", "is_constant", "kinds_of", "work_of"]
+__all__ = ["FAMILY", "KINDS", "NodeWork", "Shapes", "is_constant", "kinds_of", "shape_of", "work_of"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Concrete shapes by value name, as seen in a run."""
@@ -75,14 +75,15 @@ _OPS_OF_FAMILY = {
 FAMILY: dict[str, str] = {op: family for family, ops in _OPS_OF_FAMILY.items() for op in ops}
 """Kernel kind that prices an operator the profile has no entry of its own for; "elementwise" if not here."""
 
-KINDS = frozenset({*_CONV, *_MATMUL, *_OPS_OF_FAMILY, "resize_linear"})
+KINDS = frozenset({*_CONV, *_MATMUL, *_OPS_OF_FAMILY, "resize_linear", "reorder"})
 """Every kind a profile may price, besides single operator types."""
 
 _CONV_OPS = ("Conv", "ConvInteger", "QLinearConv")
-_MATMUL_OPS = ("MatMul", "Gemm", "MatMulInteger", "QLinearMatMul", "FusedMatMul")
+_MATMUL_OPS = ("MatMul", "Gemm", "MatMulInteger", "QLinearMatMul", "FusedMatMul", "MatMulNBits")
 _GATES = {"LSTM": 4, "DynamicQuantizeLSTM": 4, "GRU": 3, "RNN": 1}
 _SHAPED = ("Reshape", "Slice", "Expand", "Tile", "Resize", "Unsqueeze", "Squeeze", "Pad", "Split")
 _RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial")
+_FEW = 4  # channels that a first layer reads
 _CONTROL_FLOW = ("If", "Loop", "Scan")
 
 
@@ -123,6 +124,7 @@ class NodeWork:
             softmax, spans of a broadcast, copies of a Concat, steps of a recurrent layer.
         segments_nhwc: the same where feature maps are kept with channels last, as integer kernels do.
         known: all shapes were known; if not, the unknown ones count as nothing.
+        blocked: it works in the blocked layout; only who knows the runtime can say so.
     """
 
     name: str
@@ -140,6 +142,7 @@ class NodeWork:
     segments: int = 0
     segments_nhwc: int = 0
     known: bool = True
+    blocked: bool = False
 
     @property
     def elements(self) -> int:
@@ -189,7 +192,8 @@ def work_of(view: GraphView, node: ir.Node, shapes: Shapes) -> NodeWork:
         rows = pieces(node, [look.shape(v) for v in inputs], outputs, kind, look.integers)[0]
         return common.work(kind, weights=fetched, segments=rows, segments_nhwc=rows)
     if kind == "dequantize" and constants:  # of a weight: all of it is read and written like an activation
-        return replace(common, elements_in=common.elements_out).work(kind)
+        rows = pieces(node, [look.shape(v) for v in inputs], outputs, kind, look.integers)[0]
+        return replace(common, elements_in=common.elements_out).work(kind, segments=rows)
     if op in ("Resize", "Upsample") and _text(node, "mode", "nearest") != "nearest":
         kind = "resize_linear"
     channels = first[1] if kind == "pool" and first is not None and len(first) > 1 else 0
@@ -198,6 +202,11 @@ def work_of(view: GraphView, node: ir.Node, shapes: Shapes) -> NodeWork:
         kind, weights=params, in_channels=channels, out_channels=channels, segments=segments, segments_nhwc=nhwc,
         patches=_pooled(node, first, outputs) if kind == "pool" else 0,
     )  # fmt: skip
+
+
+def shape_of(view: GraphView, shapes: Shapes, value: ir.Value) -> tuple[int, ...] | None:
+    """Shape of a value, looked up in ``shapes``, then in the model; None if unknown."""
+    return _Look(view, shapes).shape(value)
 
 
 @dataclass(frozen=True)
@@ -307,20 +316,37 @@ def _convolution(node: ir.Node, look: _Look, common: _Common) -> NodeWork:
     channels = (1, outer * group) if kind == "conv_depthwise" else (inner, outer)
     return common.work(
         kind, macs=macs, in_channels=channels[0], out_channels=channels[1], weights=common.params,
-        patches=0 if pixels is None else pixels * inner * taps, segments=(pixels or 0) * taps * group,
-        known=pixels is not None,
+        patches=0 if pixels is None else pixels * inner * taps, known=pixels is not None,
+        # Blocked kernels pass along a row of outputs for each tap; with channels last the channels under a tap are
+        # copied, and of few channels those under a row of taps.
+        segments=(pixels or 0) * taps * group // max(out[-1] if out else 1, 1),
+        segments_nhwc=(pixels or 0) * group * (taps if inner > _FEW else weight[2] if len(weight) > 3 else 1),
     )  # fmt: skip
 
 
 def _convolution_kind(inner: int, outer: int, group: int, taps: int) -> str:
     if group > 1:
         return "conv_depthwise" if inner == 1 else "conv_grouped"
-    if inner <= 4:
+    if inner <= _FEW:
         return "conv_stem"
     return "conv_pointwise" if taps == 1 else "conv"
 
 
+def _blocks(node: ir.Node, look: _Look, common: _Common) -> NodeWork:
+    """A product with weights of few bits, of which the attributes tell the size."""
+    inner, columns, out = _flag(node, "K"), _flag(node, "N"), look.shape(node.outputs[0])
+    if out is None or not columns:
+        return common.work("matmul", known=False)
+    rows = math.prod(out) // columns
+    return replace(common, params=inner * columns).work(
+        "matmul_rows1" if rows <= 4 else "matmul", macs=rows * inner * columns, in_channels=inner,
+        out_channels=columns, weights=inner * columns, patches=rows * inner,
+    )  # fmt: skip
+
+
 def _product(node: ir.Node, look: _Look, common: _Common) -> NodeWork:
+    if node.op_type == "MatMulNBits":
+        return _blocks(node, look, common)
     second = 3 if node.op_type == "QLinearMatMul" else 1
     left, right = look.shape(node.inputs[0]), look.shape(node.inputs[second])
     out = look.shape(node.outputs[0])
@@ -352,9 +378,7 @@ def _recurrent(node: ir.Node, look: _Look, common: _Common) -> NodeWork:
         return common.work(kind, weights=common.params, known=False)
     steps, batch = (data[1], data[0]) if _flag(node, "layout") else (data[0], data[1])
     directions = (weights[0] or (1,))[0]
-    return common.work(
-        kind, macs=steps * batch * _count(weights), weights=common.params, segments=steps * directions
-    )
+    return common.work(kind, macs=steps * batch * _count(weights), weights=common.params, segments=steps * directions)
 
 
 def _pooled(node: ir.Node, data: Sequence[int] | None, outputs: Sequence[tuple[int, ...] | None]) -> int:

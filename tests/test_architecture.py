@@ -39,7 +39,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "fitting.own fitting.kit fitting.equations",
         "fitting.regression",
         "fitting.making",
-        "alone fitting.kernels",
+        "alone",
         "questions",
         "search forms",
         "job inspection emulated",

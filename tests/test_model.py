@@ -403,7 +403,7 @@ def test_weight_bytes_count_bodies_too() -> None:
 
 
 def test_a_capture_made_later_is_sorted(tmp_path: Path) -> None:
-    """onnxruntime's own quantizer appends nodes that bodies before them read."""
+    """The quantizer of onnxruntime appends nodes that bodies before them read."""
     model = onnx.parser.parse_model("""
         <ir_version: 8, opset_import: ["" : 17]>
         agraph (float[2] x, bool c) => (float[2] y) {

@@ -26,8 +26,8 @@ from onnx import TensorProto, numpy_helper
 
 from onnxcompress.emulation import Emulator, Executed, Job
 from onnxcompress.errors import EmulatorError
-from onnxcompress.fitting.kernels import NotFusedError, check_fused, feeds
 from onnxcompress.fitting.links import Link, links, unary
+from onnxcompress.fitting.measuring import NotFusedError, check_fused, feeds
 from onnxcompress.instructions import CLASSES
 from onnxcompress.profile import Profile, load_profile
 

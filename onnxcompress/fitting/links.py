@@ -132,6 +132,11 @@ class Link:
     integer_input: int = 0
     baseline: Link | None = None
 
+    @property
+    def name(self) -> str:
+        """Tells it from all others."""
+        return f"{self.kind} {self.precision} {self.on} {self.label}"
+
     def build(self, count: int) -> onnx.ModelProto:
         """The chain of ``count`` links."""
         chain = Chain()
@@ -214,6 +219,52 @@ def stem(precision: str, cin: int, cout: int, size: int, kernel: int) -> Link:
         (1, cin, size, size), macs=cout * cin * taps * half * half, channels=(cin, cout),
         elements=cin * size * size + cout * half * half, weights=cout * cin * taps + cout,
         patches=cin * taps * half * half, parallel=True,
+    )  # fmt: skip
+
+
+def joined_maps(precision: str, channels: int, size: int) -> Link:
+    """Maps put side by side and brought back to their channels by a convolution."""
+    quantized = precision == "u8s8"
+
+    def emit(chain: Chain, x: str) -> str:
+        if not any(i.name == "k" for i in chain.inputs):
+            chain.inputs.append(helper.make_tensor_value_info("k", TensorProto.FLOAT, (1, channels, size, size)))
+            grid = chain._activation_grid()
+            if quantized:
+                chain.nodes.append(helper.make_node("QuantizeLinear", ["k", *grid], ["k_q"], "k_quantize"))
+        other = chain.dequantize("k_q") if quantized else "k"
+        y = _qdq(chain, quantized, x, lambda v: chain.op("Concat", [v, other], axis=1))
+        return _conv(chain, quantized, y, 2 * channels, channels)
+
+    pixels = size * size
+    return Link(
+        "Concat", precision, f"{channels} @{size}", emit, (1, channels, size, size), macs=2 * channels**2 * pixels,
+        elements=4 * channels * pixels,
+    )  # fmt: skip
+
+
+def beside(precision: str, cin: int, cout: int, extent: tuple[int, int], kernel: tuple[int, int]) -> Link:
+    """A convolution from ``cin`` to ``cout`` channels by itself, on maps of any extent."""
+    quantized = precision == "u8s8"
+    (height, width), taps = extent, kernel[0] * kernel[1]
+    pixels = height * width
+
+    def emit(chain: Chain, x: str) -> str:
+        array = chain.normal(cout, cin, *kernel, std=(cin * taps) ** -0.5)
+        pads = [(k - 1) // 2 for k in kernel] + [k // 2 for k in kernel]
+
+        def body(v: str) -> str:
+            name, scale = chain.weight(array, 0, quantized)
+            return chain.op("Conv", [v, name, chain.bias(cout, scale, quantized)], pads=pads)
+
+        y = _qdq(chain, quantized, x, body)
+        strides = list(extent)
+        return _qdq(chain, quantized, y, lambda v: chain.op("MaxPool", [v], kernel_shape=[1, 1], strides=strides))
+
+    return Link(
+        "conv_stem" if cin <= 4 else "conv", precision, f"{kernel[0]}x{kernel[1]} {cin}-{cout} @{height}x{width}", emit,
+        (1, cin, *extent), macs=cout * cin * taps * pixels, channels=(cin, cout), elements=(cin + cout) * pixels,
+        weights=cout * cin * taps + cout, patches=cin * taps * pixels, parallel=True,
     )  # fmt: skip
 
 
@@ -441,24 +492,27 @@ def unary(
     )
 
 
-def binary(op_type: str, precision: str, shape: tuple[int, ...], other: tuple[int, ...] = ()) -> Link:
+def binary(
+    op_type: str, precision: str, shape: tuple[int, ...], other: tuple[int, ...] | None = None, kind: str = ""
+) -> Link:
     """``Add`` or ``Mul`` with a second input of the graph (broadcast if smaller)."""
+    other = shape if other is None else other
     quantized = precision == "u8s8"
 
     def emit(chain: Chain, x: str) -> str:
         if not any(i.name == "k" for i in chain.inputs):
-            chain.inputs.append(helper.make_tensor_value_info("k", TensorProto.FLOAT, other or shape))
+            chain.inputs.append(helper.make_tensor_value_info("k", TensorProto.FLOAT, other))
             if quantized:
                 grid = chain._activation_grid()
                 chain.nodes.append(helper.make_node("QuantizeLinear", ["k", *grid], ["k_q"], "k_quantize"))
         right = chain.dequantize("k_q") if quantized else "k"
         return _qdq(chain, quantized, x, lambda v: chain.op(op_type, [v, right]))
 
-    elements = 2 * int(np.prod(shape)) + int(np.prod(other or shape))
+    elements = 2 * int(np.prod(shape)) + int(np.prod(other))
     return Link(
-        op_type,
+        kind or op_type,
         precision,
-        f"{shape}x{other or shape}",
+        f"{op_type} {shape}x{other}",
         emit,
         shape,
         elements=elements,
@@ -499,6 +553,10 @@ def _two(chain: Chain, x: str, first: tuple[str, dict[str, Any]], second: tuple[
     return x
 
 
+def _twice(first: tuple[str, dict[str, Any]], second: tuple[str, dict[str, Any]]) -> Emit:
+    return lambda chain, x: _two(chain, x, first, second)
+
+
 MAPS = "16 56 56, 64 56 56, 64 28 28, 128 14 14, 256 14 14, 256 7 7, 24 112 112"
 TOKENS = "16 384, 128 384, 128 768, 64 192"
 DENSE = """16 16 56, 20 20 28, 24 24 56, 32 32 28, 32 64 28, 40 40 28, 48 48 28, 56 56 14, 64 64 28, 64 64 14, 96 96 14,
@@ -512,7 +570,33 @@ DEPTHWISE = """16 56 3, 32 56 3, 96 56 3, 144 28 3, 40 28 3, 240 14 3, 384 14 3,
     200 14 3, 184 14 3, 88 28 5, 250 14 3"""
 GROUPED = """64 4 28, 128 32 28, 128 4 28, 256 8 14, 256 32 14, 64 2 56, 128 2 14, 256 4 7, 96 3 28, 32 2 56, 512 32 7,
     64 16 28, 512 4 7, 96 12 14"""
-STEMS = "3 16 112 3, 3 32 112 3, 3 32 224 3, 3 24 160 3, 1 16 64 3, 1 32 128 3, 3 64 112 7, 3 32 160 7"
+BROADCASTS: tuple[tuple[tuple[int, ...], tuple[tuple[int, ...], ...]], ...] = (
+    ((1, 64, 28, 28), ((1, 64, 1, 1), (1,), (), (1, 1, 28, 28))),
+    ((1, 24, 80, 80), ((1, 24, 1, 1), (1,))),
+    ((1, 240, 7, 7), ((1, 240, 1, 1),)),
+    ((1, 32, 240, 320), ((1, 32, 240, 320), (1,))),
+    ((1, 24, 160, 160), ((1, 24, 160, 160), (1, 24, 1, 1))),
+    ((1, 128, 384), ((384,), (1, 128, 1), (1,))),
+    ((1, 172, 300, 2), ((1, 1, 300, 1),)),
+    ((1, 172, 300, 1), ((1,), (1, 1, 1, 1))),
+    ((1, 512, 508), ((1, 512, 1), (1, 1, 1))),
+)
+TURNED: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = (
+    ((1, 128, 12, 32), (0, 2, 1, 3)),
+    ((1, 32, 8, 64), (0, 2, 1, 3)),
+    ((1, 12, 128, 32), (0, 1, 3, 2)),
+    ((2, 64, 96, 4), (0, 2, 1, 3)),
+    ((1, 24, 80, 80), (0, 2, 3, 1)),
+    ((1, 512, 256), (0, 2, 1)),
+)
+JOINED: tuple[tuple[tuple[int, ...], int], ...] = (
+    ((1, 8, 80, 80), 1), ((1, 64, 14, 14), 1), ((1, 100, 100, 4), 3), ((1, 4, 100, 100), 1), ((1, 128, 64), 2),
+    ((1, 128, 64), 1), ((1, 2, 300, 170), 1), ((1, 6400, 8), 2), ((1, 20000, 4), 2), ((1, 784, 64), 2),
+)  # fmt: skip
+SIGNALS = "1 16 4096 256, 1 64 2048 128, 16 16 512 64, 128 16 256 64, 1 48 8192 32, 16 64 512 9"
+FEW = "8 8 80 5, 8 8 160 3, 8 1 80 5, 4 4 160 3, 2 8 80 5, 32 1 80 3, 12 12 48 3"
+STEMS = """3 16 32 3, 1 8 48 3, 3 8 64 5, 3 16 112 3, 3 32 112 3, 3 32 224 3, 3 24 160 3, 1 16 64 3, 1 32 128 3,
+    3 64 112 7, 3 32 160 7"""
 TRANSPOSED = "64 32 14 2, 128 64 14 2, 64 24 28 2, 32 32 28 4, 24 8 40 2"
 PRODUCTS = "384 384, 384 1536, 768 768, 768 3072, 128 512"
 ATTENTION = "12 128 64, 6 128 64, 8 40 15, 12 32 32, 4 256 32"
@@ -549,6 +633,15 @@ def links() -> Iterator[Link]:
         yield from on_maps((1, *shape))
     for shape in shapes(TOKENS):
         yield from on_tokens((1, *shape))
+    yield from on_pieces()
+    yield from on_little()
+    for p in ("f32", "u8s8"):
+        for channels, size in shapes("8 80, 24 80, 32 28, 64 28, 16 112"):
+            yield joined_maps(p, channels, size)
+    for bits in (8, 4):
+        for rows, k, n in shapes("1 256 256, 1 384 1536, 1 768 768, 4 768 768, 16 384 384, 128 384 384, 64 768 3072"):
+            yield block_quantized(bits, rows, k, n)
+    yield from halves()
     for vocabulary, ids, width in shapes("4000 128 384, 30000 128 256, 4000 16 768, 4000 512 128"):
         for p in ("f32", "u8s8"):
             yield gather(p, vocabulary, ids, width)
@@ -574,6 +667,11 @@ def convolutions(p: str) -> Iterator[Link]:
         yield conv("conv_grouped", p, c, c, size, 3, group=group)
     for cin, cout, size, kernel in shapes(STEMS):
         yield stem(p, cin, cout, size, kernel)
+    for cin, cout, length, kernel in shapes(SIGNALS):
+        yield beside(p, cin, cout, (1, length), (1, kernel))
+        yield beside(p, cin, cout, (length // 2, 1), (kernel, 1))
+    for cin, cout, size, kernel in shapes(FEW):
+        yield beside(p, cin, cout, (size, size), (kernel, kernel))
 
 
 def on_maps(shape: tuple[int, ...]) -> Iterator[Link]:
@@ -590,6 +688,14 @@ def on_maps(shape: tuple[int, ...]) -> Iterator[Link]:
             )
         return g.op("Mul", [v, "k_d"])
 
+    def scale(g: Chain, v: str) -> str:
+        if not any(i.name == "s" for i in g.inputs):
+            g.inputs.append(helper.make_tensor_value_info("s", TensorProto.FLOAT, (1,)))
+            grid = g._activation_grid()
+            g.nodes.append(helper.make_node("QuantizeLinear", ["s", *grid], ["s_q"], "s_quantize"))
+            g.nodes.append(helper.make_node("DequantizeLinear", ["s_q", *grid], ["s_d"], "s_dequantize"))
+        return g.op("Mul", [v, "s_d"])
+
     def one(op_type: str, **attributes: Any) -> Emit:
         return lambda g, v: g.op(op_type, [v], **attributes)
 
@@ -603,13 +709,24 @@ def on_maps(shape: tuple[int, ...]) -> Iterator[Link]:
     swap: tuple[str, dict[str, Any]] = ("Transpose", {"perm": [0, 2, 3, 1]})
     back: tuple[str, dict[str, Any]] = ("Transpose", {"perm": [0, 3, 1, 2]})
     window: dict[str, Any] = {"kernel_shape": [3, 3], "pads": [1] * 4}
+    small: dict[str, Any] = {"kernel_shape": [2, 2], "pads": [0, 0, 1, 1]}
     for p in ("f32", "u8s8"):
         yield after_conv("Add", p, shape, lambda g, both: g.op("Add", both.split(",")), 3 * size, skip=True)
         yield after_conv("Mul", p, shape, squeeze, 2 * size + channels)
+        scaled = dataclasses.replace(after_conv("Mul", p, shape, scale, 2 * size), label=f"Mul scalar {shape}")
+        yield scaled
+        yield dataclasses.replace(
+            after_conv("Mul", p, shape, lambda g, both: g.op("Mul", both.split(",")), 3 * size, skip=True),
+            label=f"Mul whole {shape}",
+        )
         yield after_conv("Sigmoid", p, shape, one("Sigmoid"), 2 * size)
         yield after_conv("LeakyRelu", p, shape, one("LeakyRelu"), 2 * size)
         yield after_conv("MaxPool", p, shape, one("MaxPool", **window), 2 * size)
         yield after_conv("AveragePool", p, shape, one("AveragePool", **window), 2 * size)
+        for op_type in ("MaxPool", "AveragePool"):
+            yield dataclasses.replace(
+                after_conv(op_type, p, shape, one(op_type, **small), 2 * size), label=f"{op_type} 2x2 {shape}"
+            )
         yield global_pool(p, shape)
         yield on_tensor(
             "Transpose", p, f"Transpose {shape}", lambda g, x: _two(g, x, swap, back), shape, 4 * size, nodes=2
@@ -665,6 +782,175 @@ def on_tokens(shape: tuple[int, ...]) -> Iterator[Link]:
         parallel=True,
     )
     yield from boundary(shape)
+
+
+def on_pieces() -> Iterator[Link]:
+    """Operators whose price is in how short the pieces are that they work on: broadcasts, copies, turned axes."""
+    for shape, others in BROADCASTS:
+        for other in others:
+            for p in ("f32", "u8s8") if len(shape) < 4 and other else ("f32",):
+                for op_type in ("Add", "Mul"):
+                    yield binary(op_type, p, shape, other)
+            yield binary("Sub", "f32", shape, other, kind="elementwise")
+    for shape in shapes("1 32 240 320, 1 16 160 160"):
+        yield unary("Relu", "f32", "Relu", shape)
+        yield unary("HardSigmoid", "f32", "HardSigmoid", shape)
+        yield unary("Clip", "f32", "Clip", shape, extra=lambda g: [g.const(np.float32(v)) for v in (-6, 6)])
+        yield unary("Div", "f32", "Div", shape, extra=lambda g: [g.const(np.float32(1.01))])
+    for shape, perm in TURNED:
+        size = int(np.prod(shape))
+        back = [perm.index(i) for i in range(len(perm))]
+        swap: tuple[str, dict[str, Any]] = ("Transpose", {"perm": list(perm)})
+        again: tuple[str, dict[str, Any]] = ("Transpose", {"perm": back})
+        for p in ("f32", "u8s8"):
+            label = f"Transpose {shape} {perm}"
+            yield on_tensor("Transpose", p, label, _twice(swap, again), shape, 4 * size, nodes=2)
+    for shape, axis in JOINED:
+        size, parts = int(np.prod(shape)), min(shape[axis], 4)
+
+        def joined(g: Chain, x: str, axis: int = axis, parts: int = parts) -> str:
+            return g.op("Concat", g.op("Split", [x], outputs=parts, axis=axis, num_outputs=parts).split(","), axis=axis)
+
+        for p in ("f32", "u8s8") if len(shape) < 4 else ("f32",):  # integer maps have their channels last
+            yield on_tensor("move", p, f"Split+Concat {shape} {axis}", joined, shape, 4 * size, nodes=2)
+    for shape in shapes("1 16 56 56, 1 128 384, 1 4 200 300"):
+        ones, size = [1] * len(shape), int(np.prod(shape))
+
+        def padded(g: Chain, x: str, ones: list[int] = ones, shape: tuple[int, ...] = shape) -> str:
+            wide = g.op("Pad", [x, g.const(np.array([*[0] * (len(ones) - 1), 1, *[0] * (len(ones) - 1), 1], np.int64))])
+            axis = np.array([len(ones) - 1], np.int64)
+            return g.op("Slice", [wide, g.const(np.array([1])), g.const(np.array([shape[-1] + 1])), g.const(axis)])
+
+        yield on_tensor("move", "f32", f"Pad+Slice {shape}", padded, shape, 4 * size, nodes=2)
+    for shape in shapes("1 16 56 56, 1 128 256 1, 1 24 80 80"):
+        grids = lambda g, c=shape[1]: [g.const(np.full(c, v, np.float32)) for v in (1.0, 0.0, 0.0, 1.0)]  # noqa: E731
+        yield unary("BatchNormalization", "f32", "BatchNormalization", shape, extra=grids)
+    for shape in shapes("1 24 80 80, 1 64 40 40, 1 96 20 20"):
+        size = int(np.prod(shape))
+
+        def doubled(g: Chain, x: str) -> str:
+            attributes: dict[str, Any] = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric"}
+            for factor in (2.0, 0.5):
+                scales = g.const(np.array([1, 1, factor, factor], np.float32))
+                x = g.op("Resize", [x, "", scales], nearest_mode="floor", **attributes)
+            return x
+
+        yield on_tensor("Resize", "f32", f"Resize {shape}", doubled, shape, 10 * size, nodes=2)
+    for shape in shapes("1 12 128 128, 1 8 32 32, 1 4 300 300"):
+        yield unary("softmax", "f32", "Softmax", shape, axis=-1)
+    for shape in shapes("1 512 256, 1 128 384, 1 2048 64"):
+        size = int(np.prod(shape))
+
+        def summed(g: Chain, x: str) -> str:
+            return g.op("ReduceMean", [x, g.const(np.array([1], np.int64))])
+
+        work = size + size // shape[1]
+        yield on_tensor("reduce", "f32", f"ReduceMean {shape} 1", summed, shape, work, parallel=True)
+    for shape in shapes("1 2048 257, 1 512 508, 1 32 80 80, 1 64"):
+        for op_type in ("Log", "Exp", "Sqrt", "Neg"):
+            yield unary(op_type, "f32", op_type, shape)
+        emit = _twice(("Cast", {"to": TensorProto.INT32}), ("Cast", {"to": TensorProto.FLOAT}))
+        yield on_tensor("elementwise", "f32", f"Cast {shape}", emit, shape, 4 * int(np.prod(shape)), nodes=2)
+    for rows, columns in shapes("768 1000, 320 640, 64 4000"):
+        for axis in (0, 1):
+            yield dequantized_weight(rows, columns, axis)
+
+
+def on_little() -> Iterator[Link]:
+    """Operators on a handful of numbers, as graphs are full of that compute shapes: what remains is the call."""
+    few = (4, 8)
+
+    def small(op_type: str, *inputs: npt.ArrayLike, **attributes: Any) -> Emit:
+        return lambda g, x: g.op(op_type, [x, *(g.const(np.asarray(i)) for i in inputs)], **attributes)
+
+    def both(first: Emit, second: Emit) -> Emit:
+        return lambda g, x: second(g, first(g, x))
+
+    zero, one, two = np.array([0]), np.array([1]), np.array([4, 8])
+    whole = small("Slice", zero, np.array([8]), one)
+    yield on_tensor("move", "f32", "Slice little", whole, few, 64)
+    yield on_tensor("move", "f32", "Expand little", small("Expand", two), few, 64)
+    yield on_tensor(
+        "move", "f32", "Concat little", lambda g, x: whole(g, g.op("Concat", [x, x], axis=1)), few, 160, nodes=2
+    )
+    yield on_tensor("free", "f32", "Reshape little", small("Reshape", two), few, 64)
+    pair = both(small("Unsqueeze", zero), small("Squeeze", zero))
+    yield on_tensor("free", "f32", "Unsqueeze little", pair, few, 128, nodes=2)
+    yield on_tensor("gather", "f32", "Gather little", small("Gather", np.arange(4), axis=0), few, 64)
+    yield on_tensor(
+        "Transpose", "f32", "Transpose little", _twice(("Transpose", {}), ("Transpose", {})), few, 128, nodes=2
+    )
+    yield on_tensor("reduce", "f32", "ReduceMean little", small("ReduceMean", one), few, 36, parallel=True)
+    for op_type in ("Add", "Mul"):
+        yield on_tensor(op_type, "f32", f"{op_type} little", small(op_type, np.ones(few, np.float32)), few, 96)
+        yield on_tensor(op_type, "f32", f"{op_type} scalar", small(op_type, np.float32(1)), few, 65)
+    yield on_tensor("elementwise", "f32", "Sub little", small("Sub", np.ones(few, np.float32)), few, 96)
+    yield unary("softmax", "f32", "Softmax", few, axis=-1)
+
+
+def block_quantized(bits: int, rows: int, k: int, n: int) -> Link:
+    """Two MatMulNBits, ``k -> n -> k``: float activations, weights of few bits in blocks of 32."""
+
+    def emit(chain: Chain, x: str) -> str:
+        for inner, outer in ((k, n), (n, k)):
+            packed = chain.rng.integers(0, 256, (outer, inner // 32, 32 * bits // 8)).astype(np.uint8)
+            scales = np.full(outer * inner // 32, 2.0 / 2**bits * inner**-0.5, np.float32)
+            attributes = {"K": inner, "N": outer, "bits": bits, "block_size": 32, "accuracy_level": 4}
+            inputs = [x, chain.const(packed), chain.const(scales)]
+            x = chain.op("MatMulNBits", inputs, domain="com.microsoft", **attributes)
+        return x
+
+    return Link(
+        "matmul" if rows > 4 else "matmul_rows1", f"w{bits}", f"{rows}x{k}x{n}", emit, (rows, k), nodes=2,
+        macs=2 * rows * k * n, channels=(k, n), elements=2 * rows * (k + n), weights=2 * k * n,
+        expect=("MatMulNBits",),
+    )  # fmt: skip
+
+
+def half(kind: str, label: str, shape: tuple[int, ...], body: Emit, expect: tuple[str, ...]) -> Link:
+    """A link in float16; not fused, and left out, where the runtime computes it in float32."""
+    return Link(kind, "f16", label, body, shape, expect=expect, integer_input=TensorProto.FLOAT16)
+
+
+def halves() -> Iterator[Link]:
+    """Operators in float16."""
+
+    def convolved(c: int, kernel: int, group: int) -> Emit:
+        def emit(chain: Chain, x: str) -> str:
+            array = chain.normal(c, c // group, kernel, kernel, std=(c // group * kernel * kernel) ** -0.5)
+            inputs = [x, chain.const(array.astype(np.float16)), chain.const(np.zeros(c, np.float16))]
+            return chain.op("Conv", inputs, pads=[kernel // 2] * 4, group=group)
+
+        return emit
+
+    def multiplied(k: int) -> Emit:
+        return lambda chain, x: chain.op("MatMul", [x, chain.const(chain.normal(k, k, std=k**-0.5).astype(np.float16))])
+
+    ran = ("Conv", "NhwcFusedConv", "NhwcConv", "FusedConv")
+    for c, size in shapes("16 56, 32 28, 64 28, 128 14, 256 7"):
+        for kernel, kind in ((3, "conv"), (1, "conv_pointwise")):
+            yield half(kind, f"{kernel}x{kernel} {c} @{size}", (1, c, size, size), convolved(c, kernel, 1), ran)
+        yield half("conv_depthwise", f"3x3 {c} @{size}", (1, c, size, size), convolved(c, 3, c), ran)
+    for rows, k in shapes("1 256, 1 512, 1 1024, 64 256, 128 512, 128 768"):
+        kind = "matmul" if rows > 4 else "matmul_rows1"
+        yield half(kind, f"{rows}x{k}x{k}", (rows, k), multiplied(k), ("MatMul",))
+    for shape in shapes("1 64 28 28, 1 16 56 56, 1 128 384, 1 24 80 80"):
+        for op_type in ("Relu", "Sigmoid"):
+            emit = lambda chain, x, op=op_type: chain.op(op, [x])  # noqa: E731
+            yield half("elementwise" if op_type == "Relu" else "Sigmoid", f"{op_type} {shape}", shape, emit, (op_type,))
+
+
+def dequantized_weight(rows: int, columns: int, axis: int) -> Link:
+    """A weight that no integer kernel takes, made float in every run."""
+
+    def emit(chain: Chain, x: str) -> str:
+        scale = chain.const(np.full((rows, columns)[axis], 0.02, np.float32))
+        return chain.op("DequantizeLinear", [x, scale], axis=axis)
+
+    size = rows * columns
+    label = f"{rows}x{columns} axis {axis}"
+    link = on_tensor("dequantize", "f32", label, emit, (rows, columns), 2 * size, parallel=True)
+    return dataclasses.replace(link, integer_input=TensorProto.UINT8)
 
 
 def boundary(shape: tuple[int, ...]) -> Iterator[Link]:
