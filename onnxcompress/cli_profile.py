@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from onnxcompress import render, render_fit, render_validation, shell
-from onnxcompress.errors import OutputError, UsageError
+from onnxcompress.errors import MeasurementError, OutputError, UsageError
 from onnxcompress.shell import Answer, command
 
 __all__ = ["profile", "profiles"]
@@ -158,15 +158,21 @@ def fit_profile(
                 shell.warn(f"going on with {len(kept.known)} results of a run that was interrupted")
             try:
                 measurements = own.measured_here(about=about, budget=budget, kept=kept, progress=_steps("", show))
-            except KeyboardInterrupt:
+            except BaseException:  # interrupted, terminated, out of memory: all the same to what is kept
                 shell.warn("what was measured is kept; the same command goes on")
                 raise
         if save_results is not None:
             keep = measurements.to_json()
             own.write_new(save_results, lambda path: _text(path, keep), overwrite=overwrite)
-        made = making.make(
-            measurements, name, output, notes=notes, force=force, overwrite=overwrite, progress=_steps("fitting", show)
-        )
+        try:
+            made = making.make(
+                measurements, name, output,
+                notes=notes, force=force, overwrite=overwrite, progress=_steps("fitting", show),
+            )  # fmt: skip
+        except MeasurementError:
+            if kept is not None:
+                kept.drop()  # or the next run would take them for its own and be refused, too
+            raise
     if kept is not None:
         kept.drop()
     return Answer(made, render_fit.fitted(made, every_row=verbose))

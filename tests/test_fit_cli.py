@@ -291,6 +291,11 @@ def test_what_was_forced_stands_in_the_profile(
     monkeypatch.setattr(machine, "describe", lambda: {**QUIET, "load": 3.5})
     measuring(monkeypatch, measurements(some_links, 0.4))
     assert call("--name", "mine").status == 5 and not Path("mine.toml").exists()
+    monkeypatch.setattr(machine, "describe", lambda: dict(QUIET))
+    refused = call("--name", "mine")
+    assert refused.status == 5 and "scatter too much" in refused.err and not Path("mine.toml").exists()
+    assert not own.Kept("mine", QUIET, 0.1).known  # measured anew by the next run
+    monkeypatch.setattr(machine, "describe", lambda: {**QUIET, "load": 3.5})
     assert call("--name", "mine", "--force").status == 0
     notes = load_profile("./mine.toml").provenance.notes
     assert "busy: load 3.50 on 4 processors" in notes and "scatter by 40%" in notes
