@@ -7,6 +7,7 @@ coefficients of the profile, so a fit can turn the sums around: :meth:`CostModel
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from typing import Literal, NamedTuple
 import onnx_ir as ir
 import zstandard
 
-from onnxcompress.execution import Execution, bodies, float_name
+from onnxcompress.execution import Execution, bodies, float_name, touches
 from onnxcompress.liveness import peak_activation_bytes
 from onnxcompress.profile import Kernel, Profile
 from onnxcompress.sizes import ZSTD_LEVEL
@@ -212,7 +213,7 @@ class CostModel:
                     found.append(Use(work.name, ("fused", rule.precision, node.op_type), work, dispatched=0))
             elif execution.runs(node):
                 found += cost._use(_converted(execution, node, work), precision)
-            for size in execution.reordered.get(node, ()):
+            for size in execution.reorders(node):
                 found += cost._use(_reorder(work.name, size), "f32")
         return tuple(found)
 
@@ -255,12 +256,15 @@ class CostModel:
         weights = work.weights * bytes_per_weight(precision)
         activations = work.elements * bytes_per_activation(precision)
         found = []
-        for size, *_ in self._levels():
-            # Weights are read in turn, so a cache that keeps the latest soon keeps none of the next run's.
-            gone = min(max((self.traffic_bytes - size) / max(size, 1), 0.0), 1.0)
+        for (size, *_), gone in zip(self._levels(), self.gone(), strict=True):
             spilt = min(max(2 * (activations + weights) / max(size, 1) - 1, 0.0), 1.0)
             found.append(Missed(activations * spilt, weights * gone))
         return tuple(found)
+
+    def gone(self) -> tuple[float, ...]:
+        """Share of the weights each level of the cache has lost since the last run, nearest first, memory's at last."""
+        # Weights are read in turn, so a cache that keeps the latest soon keeps none of the next run's.
+        return tuple(min(max((self.traffic_bytes - size) / max(size, 1), 0.0), 1.0) for size, *_ in self._levels())
 
     def _price_of_misses(self, missed: Iterable[Missed]) -> float:
         levels = zip(missed, self._levels(), strict=True)
@@ -343,15 +347,13 @@ class Costing:
         Args:
             changes: new shapes by value name.
         """
-        other = Costing(self.prices, self.view, {**self.shapes, **changes})
-        if other.prices == self.prices:
-            touched = {
-                node
-                for node in self._rows
-                if any(v is not None and v.name in changes for v in (*node.inputs, *node.outputs))
-            }
-            other._rows = {n: row for n, row in self._rows.items() if n not in touched}
-        other._packed = self._packed
+        other = copy.copy(self)
+        other.shapes = {**self.shapes, **changes}
+        other._execution = self._execution.reshaped(changes)
+        other.prices = self.prices._settled(other._execution)
+        kept = other._execution.inside is self._execution.inside and other.prices.gone() == self.prices.gone()
+        rows = self._rows.items() if kept else ()
+        other._rows = {node: row for node, row in rows if not touches(node, changes)}
         return other
 
     def cost(self, *, compressed: bool = False) -> ModelCost:
@@ -395,7 +397,7 @@ class Costing:
         elif execution.runs(node):
             price = self.prices.node(_converted(execution, node, work), precision)
             known, seconds = known and price is not None, price or 0.0
-        for size in execution.reordered.get(node, ()):
+        for size in execution.reorders(node):
             seconds += self.prices.node(_reorder("", size)) or 0.0
         tensors = [t for v in node.inputs if v is not None for t in self._stored(v)]
         return NodeCost(

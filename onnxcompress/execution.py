@@ -7,8 +7,9 @@ where the profile has one; where it has none the node runs in float and both con
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -19,7 +20,7 @@ from onnxcompress.profile_tables import Fusion
 from onnxcompress.view import GraphView
 from onnxcompress.work import FAMILY, NodeWork, Shapes, is_constant, shape_of, work_of
 
-__all__ = ["REMOVED", "Execution", "bodies", "float_name"]
+__all__ = ["REMOVED", "Execution", "bodies", "float_name", "touches"]
 
 REMOVED = ("Identity", "Dropout", "Constant")
 """Operators that are gone once a model is loaded."""
@@ -42,7 +43,7 @@ class Execution:
         rule: absorbed node -> the rule that lets it vanish, where there is one.
         integer: nodes that run as integer kernels.
         blocked: nodes that work in the blocked layout.
-        reordered: node -> sizes of the maps that are brought into or out of the blocked layout for it.
+        reordered: node -> the maps that are brought into or out of the blocked layout for it.
     """
 
     def __init__(self, profile: Profile, view: GraphView, shapes: Shapes) -> None:
@@ -57,15 +58,31 @@ class Execution:
         for fusion in profile.fusions:
             self._by_op.setdefault((fusion.op, fusion.precision, fusion.side), []).append(fusion)
         self._fuse(view.nodes())
-        self.reordered: dict[ir.Node, list[int]] = {}
+        self.reordered: dict[ir.Node, list[ir.Value]] = {}
         if profile.layout is not None:
             layouts = Layouts(profile.layout, view, self._floats, self._shape, self.inside)
             self.blocked = layouts.blocked
             for found in layouts.reorders:
-                size = math.prod(self._shape(found.value) or ())
-                self.reordered.setdefault(found.node, []).append(size)
+                self.reordered.setdefault(found.node, []).append(found.value)
             self._plain = layouts.plain
             self._work.clear()
+
+    def reshaped(self, changes: Mapping[str, tuple[int, ...]]) -> Execution:
+        """The same model with other shapes.
+
+        What runs inside what hangs on ranks and channels; where only extents change it is kept, and only nodes
+        that read or make a changed value are looked at again.
+
+        Args:
+            changes: new shapes by value name.
+        """
+        shapes = {**self.shapes, **changes}
+        if any(_outline(self.shapes.get(name)) != _outline(shape) for name, shape in changes.items()):
+            return Execution(self.profile, self.view, shapes)
+        other = copy.copy(self)
+        other.shapes = shapes
+        other._work = {n: w for n, w in self._work.items() if not touches(n, changes)}
+        return other
 
     # --- questions ---------------------------------------------------------------------------------------
 
@@ -104,6 +121,10 @@ class Execution:
     def runs(self, node: ir.Node) -> bool:
         """Whether a kernel of its own runs a node."""
         return node not in self.inside and node.op_type not in REMOVED and not self._folded(node)
+
+    def reorders(self, node: ir.Node) -> list[int]:
+        """Sizes of the maps that are reordered for a node."""
+        return [math.prod(self._shape(value) or ()) for value in self.reordered.get(node, ())]
 
     def keeps_layout(self, node: ir.Node) -> bool:
         """Whether the float side of a conversion is a kernel with a layout of its own, not a mere move."""
@@ -237,6 +258,16 @@ class Execution:
             producer = None if value is None else self.view.producer(value)
             if producer is not None and producer.op_type == "Mul" and self._only_reader(producer) is scaled:
                 self.inside[producer] = node
+
+
+def touches(node: ir.Node, names: Container[str]) -> bool:
+    """Whether a node reads or makes one of some values."""
+    return any(v is not None and v.name in names for v in (*node.inputs, *node.outputs))
+
+
+def _outline(shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """Rank and channels of a map, or all of anything else: what fusions and layouts hang on."""
+    return shape if shape is None or len(shape) < 4 else (len(shape), shape[1])
 
 
 def float_name(op_type: str) -> str:

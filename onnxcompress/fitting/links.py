@@ -243,28 +243,35 @@ def joined_maps(precision: str, channels: int, size: int) -> Link:
     )  # fmt: skip
 
 
-def beside(precision: str, cin: int, cout: int, extent: tuple[int, int], kernel: tuple[int, int]) -> Link:
+def beside(
+    precision: str, cin: int, cout: int, extent: tuple[int, int], kernel: tuple[int, int], *,
+    stride: tuple[int, int] = (1, 1), group: int = 1,
+) -> Link:  # fmt: skip
     """A convolution from ``cin`` to ``cout`` channels by itself, on maps of any extent."""
     quantized = precision == "u8s8"
-    (height, width), taps = extent, kernel[0] * kernel[1]
-    pixels = height * width
+    height, width = (-(-n // s) for n, s in zip(extent, stride, strict=True))
+    inner, taps, pixels = cin // group, kernel[0] * kernel[1], height * width
 
     def emit(chain: Chain, x: str) -> str:
-        array = chain.normal(cout, cin, *kernel, std=(cin * taps) ** -0.5)
+        array = chain.normal(cout, inner, *kernel, std=(inner * taps) ** -0.5)
         pads = [(k - 1) // 2 for k in kernel] + [k // 2 for k in kernel]
+        options: dict[str, Any] = {"pads": pads, "strides": list(stride), "group": group}
 
         def body(v: str) -> str:
             name, scale = chain.weight(array, 0, quantized)
-            return chain.op("Conv", [v, name, chain.bias(cout, scale, quantized)], pads=pads)
+            return chain.op("Conv", [v, name, chain.bias(cout, scale, quantized)], **options)
 
         y = _qdq(chain, quantized, x, body)
-        strides = list(extent)
-        return _qdq(chain, quantized, y, lambda v: chain.op("MaxPool", [v], kernel_shape=[1, 1], strides=strides))
+        steps = [height, width]
+        return _qdq(chain, quantized, y, lambda v: chain.op("MaxPool", [v], kernel_shape=[1, 1], strides=steps))
 
+    label = f"{kernel[0]}x{kernel[1]} {cin}-{cout} @{extent[0]}x{extent[1]}"
+    label += f"/{stride[0]}x{stride[1]}" if stride != (1, 1) else ""
+    label += f" g{group}" if group > 1 else ""
     return Link(
-        "conv_stem" if cin <= 4 else "conv", precision, f"{kernel[0]}x{kernel[1]} {cin}-{cout} @{height}x{width}", emit,
-        (1, cin, *extent), macs=cout * cin * taps * pixels, channels=(cin, cout), elements=(cin + cout) * pixels,
-        weights=cout * cin * taps + cout, patches=cin * taps * pixels, parallel=True,
+        "conv_stem" if inner <= 4 else "conv", precision, label, emit, (1, cin, *extent),
+        macs=cout * inner * taps * pixels, channels=(cin, cout), elements=cin * extent[0] * extent[1] + cout * pixels,
+        weights=cout * inner * taps + cout, patches=cin * taps * pixels, parallel=True,
     )  # fmt: skip
 
 
