@@ -219,6 +219,13 @@ class Pass(ABC):
         """
         return False
 
+    def gentler(self) -> Iterable[Pass]:
+        """The same pass with settings that take longer and distort less, in the order to try them; none by default.
+
+        Asked where a device leaves no other way: all must be rewritten, and the result is not good enough.
+        """
+        return ()
+
     @classmethod
     def summary(cls) -> str:
         """First line of the docstring."""

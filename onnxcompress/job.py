@@ -30,11 +30,12 @@ from onnxcompress.evaluate import Reference, measure, observed, rounding_noise
 from onnxcompress.planner import Plan
 from onnxcompress.profile import Profile
 from onnxcompress.questions import ask, explain, offers
-from onnxcompress.report import Attempt, Budget, Comparison, Latency, PassReport, Report, SiteReport, Totals
+from onnxcompress.report import Attempt, Budget, Comparison, Latency, OnDevice, PassReport, Report, SiteReport, Totals
 from onnxcompress.search import Checked, Search
 from onnxcompress.sensitivity import Prices, measure_prices
 from onnxcompress.sizes import file_size, model_size
 from onnxcompress.statistics import Evidence, Need
+from onnxcompress.suitability import on_device, remarks, stranded
 from onnxcompress.target import Target
 from onnxcompress.trial import LOSSLESS_SAMPLES, Tidied, difference, pass_options, tidy
 from onnxcompress.view import GraphView
@@ -136,7 +137,13 @@ class Job:
         """All passes that change outputs, on the normalised model."""
         self.result, self.saved, self.rewrites, self.sites = self.normalised, 0.0, [], []
         for pass_ in passes:
-            self.result = self._lossy(self.result, pass_, by_hand=by_hand, float_only=float_only)
+            ways = [pass_, *(pass_.gentler() if self.target.required and not by_hand else ())]
+            while ways:
+                sites, way = len(self.sites), ways.pop(0)
+                self.result = self._lossy(self.result, way, by_hand=by_hand, float_only=float_only)
+                if not ways or self.rewrites[-1].outcome != "dropped":
+                    break
+                del self.sites[sites:], self.rewrites[-1]  # the attempts still tell of it
 
     def _lossless(self, model: ir.Model, passes: Sequence[Pass]) -> ir.Model:
         """Lossless passes one after another, checked once; one by one only if the whole does not hold."""
@@ -216,7 +223,8 @@ class Job:
             evidence = self._calibrate(model, needs, first=_FEW)
             return effect(model, pass_, choice, evidence, self.cost, feed, before)
 
-        questions, values, missing = ask(offer, view, self.cost, self.shapes, alone)
+        required = self.target.required
+        questions, values, missing = ask(offer, view, self.cost, self.shapes, alone, integers_only=required)
         by_term = {t: o.choice for q in questions for o in q.options for t in o.choice.terms if t.kind == ALONE}
         floor = self.budget.min_sqnr_db
         noise = 10 ** (-(DEFAULT_MIN_SQNR_DB if floor is None else floor) / 10)
@@ -373,10 +381,16 @@ class Job:
         origin = models.source_files(self.original) if name != IN_MEMORY else ()
         before = file_size(*origin) if origin else model_size(self.original)
         after = file_size(*files) if files else model_size(self.result)
+        reasons = {s.key: s.reason for s in self.sites if s.decision == KEEP}
+        device = on_device(self.result, self.profile, self.calibration.first(), after.raw, reasons)
+        failed = [a for a in self.attempts if a.verdict != "accepted"]
+        nearest = max(failed, key=lambda a: -math.inf if a.min_sqnr_db is None else a.min_sqnr_db, default=None)
+        dropped = nearest.verdict if nearest and any(r.outcome == "dropped" for r in self.rewrites) else ""
+        notes, warnings = remarks(device, self.profile, dropped=dropped, synthetic=self.source.synthetic)
         totals = Totals(
             (before.raw, after.raw),
             (before.zstd, after.zstd),
-            (1e3 * self.predicted, 1e3 * (self.predicted - self.saved)),
+            self._predictions(device),
             self.latency,
             self.comparison,
             self.metric_before,
@@ -384,18 +398,28 @@ class Job:
         )
         changed = sum(s.decision != KEEP for s in self.sites)
         outcome = "the input model is kept" if self.result is self.original else "the model is normalised only"
+        why = "nothing could be made integer" if self.target.required else "no rewrite pays"
         return Report(
             input=name,
             profile=self.profile.name,
             calibration=self.source.description,
             budget=self.budget,
             seed=seed,
-            outcome=f"{changed} sites rewritten" if changed else f"no rewrite pays; {outcome}",
+            outcome=f"{changed} sites rewritten" if changed else f"{why}; {outcome}",
             totals=totals,
             passes=(*self.tidied, *self.rewrites),
             sites=(*self.sites, *self.left_alone),
             attempts=tuple(self.attempts),
-            notes=(*models.notes(self.original), *self.source.notes),
-            warnings=(self.source.warning,) if self.source.warning else (),
+            notes=(*models.notes(self.original), *self.source.notes, *notes),
+            warnings=(*((self.source.warning,) if self.source.warning else ()), *warnings),
             versions={p: importlib.metadata.version(p) for p in ("onnxruntime", "onnx", "onnx-ir", "numpy")},
+            on_device=device,
         )
+
+    def _predictions(self, device: OnDevice | None) -> tuple[float | None, float | None]:
+        """Milliseconds before and after; None of a model that a device of integers only does not run."""
+        before, after = 1e3 * self.predicted, 1e3 * (self.predicted - self.saved)
+        if device is None or not self.target.required:
+            return before, after
+        idle = stranded(GraphView(self.normalised), self.profile, self.shapes)
+        return None if idle else before, after if device.runs else None

@@ -5,7 +5,7 @@ value that lives as integers costs a QuantizeLinear where its producer is float 
 DequantizeLinear where a reader is float, so regions of integer nodes pay and lone ones may not.
 
     minimise    sum_sc cost_sc x_sc + sum_v (quantize_v a_v + dequantize_v b_v) - rate * bytes
-    subject to  sum_c x_sc = 1                      one choice per site, "keep" among them
+    subject to  sum_c x_sc = 1                      one choice per site, "keep" among them unless it must change
                 a_v >= reads_vs - writes_v          some reader wants integers, producer is float
                 b_v >= writes_v - reads_vs          producer leaves integers, some reader is float
                 x_sc <= writes_v                    where c wants v as integers from its producer only
@@ -34,6 +34,8 @@ __all__ = ["Option", "Plan", "Question", "ValueCost", "solve"]
 
 _GAP = 1e-4
 _NODES = 20_000
+_INFEASIBLE = 2
+"""What ``scipy.optimize.milp`` returns as its status then."""
 _LEAST_GAIN = 2e-4
 """A rewrite must save this share of the model's time: noise without return is not worth having."""
 
@@ -48,11 +50,19 @@ class Option:
 
 @dataclass(frozen=True)
 class Question:
-    """A site, the seconds its nodes take now, and what could be done."""
+    """A site, the seconds its nodes take now, and what could be done.
+
+    Attributes:
+        site: where.
+        seconds: of its nodes now.
+        options: what could be done.
+        must: one of the options has to be taken, for the device cannot run the nodes as they are.
+    """
 
     site: Site
     seconds: float
     options: tuple[Option, ...]
+    must: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,7 @@ class Plan:
         seconds: predicted cost of all sites and conversions after the plan.
         seconds_before: the same with nothing done.
         price: summed price of the distortions caused.
-        gains: seconds saved by each chosen site alone, conversions left out.
+        gains: seconds saved by each chosen site alone, conversions left out; none where it had to change.
     """
 
     choices: Mapping[str, Choice]
@@ -113,7 +123,8 @@ class _Program:
         self._low.append(low)
         self._high.append(high)
 
-    def solve(self) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    def solve(self) -> np.ndarray[tuple[int], np.dtype[np.float64]] | None:
+        """The best values; None if none satisfy the constraints."""
         # here, for scipy.optimize takes a third of a second to import and only a plan needs it
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_array
@@ -130,6 +141,8 @@ class _Program:
                 constraints=LinearConstraint(matrix, self._low, self._high),
                 options={"mip_rel_gap": _GAP, "node_limit": _NODES},
             )
+        if result.status == _INFEASIBLE:
+            return None
         if result.x is None:
             raise OnnxCompressError(f"the planner found no plan: {result.message}", hint="this is a bug; please report")
         return np.asarray(result.x, np.float64)
@@ -165,7 +178,7 @@ def solve(
     *,
     budget: float | None,
     seconds_per_byte: float,
-) -> Plan:
+) -> Plan | None:
     """The cheapest plan within the budget.
 
     Args:
@@ -176,7 +189,7 @@ def solve(
         seconds_per_byte: what a byte off the file is worth.
 
     Returns:
-        The plan; empty if nothing pays.
+        The plan; empty if nothing pays. None if sites that must change cannot within the budget.
     """
     if not any(q.options for q in questions):
         return Plan({}, sum(q.seconds for q in questions), sum(q.seconds for q in questions), 0.0)
@@ -188,9 +201,10 @@ def solve(
     writes: dict[str, list[int]] = {}
     native: list[tuple[int, str]] = []
     for question in questions:
-        keep = program.variable(question.seconds, integer=True)
-        columns = [keep]
-        picks.append((keep, question, None))
+        columns = []
+        if not (question.must and question.options):
+            columns.append(program.variable(question.seconds, integer=True))
+            picks.append((columns[0], question, None))
         for option in question.options:
             choice = option.choice
             worth = seconds_per_byte * choice.bytes_saved
@@ -210,6 +224,8 @@ def solve(
         program.constraint([(column, -1.0), *((c, 1.0) for c in writes.get(value, ()))], 0.0, np.inf)
     _distortion(program, causes, prices, budget)
     x = program.solve()
+    if x is None:
+        return None
     chosen = [(question, option) for column, question, option in picks if option is not None and x[column] > 0.5]
     return _plan(questions, values, prices, {q.site.key: o for q, o in chosen})
 
@@ -283,5 +299,5 @@ def _plan(
         after,
         before,
         sum(prices.get(t, 0.0) for t in terms),
-        {q.site.key: q.seconds - chosen[q.site.key].seconds for q in questions if q.site.key in chosen},
+        {q.site.key: q.seconds - chosen[q.site.key].seconds for q in questions if q.site.key in chosen and not q.must},
     )

@@ -163,6 +163,7 @@ class Profile(Table):
             contrib_ops=self.runtime.contrib_ops,
             max_opset=self.runtime.max_opset,
             required=self.quantization.required,
+            folds_constants=self.runtime.folds_constants,
             float32="f32" in computes,
             float16="f16" in computes,
             weight_only_bits=tuple(bits for bits in (4, 8) if f"w{bits}" in computes),

@@ -70,11 +70,14 @@ def ask(
     cost: CostModel,
     shapes: Mapping[str, tuple[int, ...]],
     effect: Callable[[Choice], Effect | None],
+    *,
+    integers_only: bool = False,
 ) -> tuple[list[Question], dict[str, ValueCost], dict[str, str]]:
     """Prices every choice in seconds.
 
     Args:
         effect: makes a choice on a clone, for those whose gain nothing else tells.
+        integers_only: the device runs nothing else, so a node with an integer form must take one.
 
     Returns:
         Questions for the planner; conversion costs by value; by site key, why a choice was left
@@ -104,8 +107,18 @@ def ask(
             else:
                 extra = sum(_elementwise(op, shapes.get(name, ()), here) for op, name in choice.adds)
                 options.append(Option(choice, after + extra))
+        if integers_only and any(o.choice.precision != Precision.FLOAT for o in options):
+            questions.append(Question(site, seconds, _integer(options), must=True))
+            continue
         questions.append(Question(site, seconds, _undominated(options)))
     return questions, _value_costs(questions, view, here, shapes), missing
+
+
+def _integer(options: Sequence[Option]) -> tuple[Option, ...]:
+    """Options of a node that must be integer. Whether a QuantizeLinear in front of it is slow is no question then."""
+    return tuple(
+        replace(o, choice=replace(o.choice, native=())) for o in options if o.choice.precision != Precision.FLOAT
+    )
 
 
 def _undominated(options: Sequence[Option]) -> tuple[Option, ...]:

@@ -80,12 +80,7 @@ def _totals(what: Report) -> Table:
     rows = [
         ("file", size(t.file_bytes[0]), size(t.file_bytes[1]), ratio(*t.file_bytes, "smaller", "larger")),
         ("file, zstd -3", size(t.zstd_bytes[0]), size(t.zstd_bytes[1]), ratio(*t.zstd_bytes, "smaller", "larger")),
-        (
-            "predicted",
-            milliseconds(t.predicted_ms[0]),
-            milliseconds(t.predicted_ms[1]),
-            f"{ratio(*t.predicted_ms, 'faster', 'slower')} on {what.profile}",
-        ),
+        _predicted_row(*t.predicted_ms, what.profile),
     ]
     if t.latency is not None:
         rows.append(_latency_row(t.latency))
@@ -95,6 +90,15 @@ def _totals(what: Report) -> Table:
         allowed = f" (-{what.budget.max_drop:.2%} allowed)" if what.budget.max_drop is not None else ""
         rows.append(("metric", f"{t.metric_before:.4g}", f"{t.metric_after:.4g}", f"{drop:+.2%}{allowed}"))
     return columns(rows, ("", "before", "after", ""), right=[1, 2])
+
+
+def _predicted_row(before: float | None, after: float | None, profile: str) -> tuple[str, str, str, str]:
+    change = "" if before is None or after is None else f"{ratio(before, after, 'faster', 'slower')} "
+    return "predicted", _time_there(before), _time_there(after), f"{change}on {profile}"
+
+
+def _time_there(time: float | None) -> str:
+    return "does not run" if time is None else milliseconds(time)
 
 
 def _latency_row(latency: Latency) -> tuple[str, str, str, str]:

@@ -75,6 +75,7 @@ def _device(what: Profile) -> list[tuple[str, str]]:
     ]
     opset = "" if runtime.max_opset is None else f", up to opset {runtime.max_opset}"
     contrib = ", with com.microsoft operators" if runtime.contrib_ops else ", standard operators only"
+    folds = "" if runtime.folds_constants else ", constants not folded"
     return [
         ("extends", " -> ".join(what.lineage)),
         ("time scale", f"all times x {what.time_scale:g}" if what.time_scale != 1 else ""),
@@ -83,7 +84,7 @@ def _device(what: Profile) -> list[tuple[str, str]]:
         ("caches", ", ".join(caches)),
         ("memory", _memory(what)),
         ("energy", "" if what.energy is None else _energy(what.energy)),
-        ("runtime", f"{runtime.name} {runtime.version}, {plural(runtime.threads, 'thread')}{contrib}{opset}"),
+        ("runtime", f"{runtime.name} {runtime.version}, {plural(runtime.threads, 'thread')}{contrib}{opset}{folds}"),
         ("source", device.source),
     ]
 

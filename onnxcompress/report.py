@@ -14,10 +14,12 @@ __all__ = [
     "Budget",
     "Comparison",
     "Latency",
+    "OnDevice",
     "OutputDifference",
     "PassReport",
     "Report",
     "SiteReport",
+    "Stranded",
     "Totals",
 ]
 
@@ -166,7 +168,7 @@ class Totals:
         file_bytes: size of the ONNX file with its external data.
         zstd_bytes: the same compressed with zstd level 3: what goes over the wire.
         predicted_ms: on the profile; the first figure is of the normalised model, whose nodes are
-            what the plan is about.
+            what the plan is about. None of a model the device cannot run, for it runs integers only.
         latency: measured here; None where the profile is of another device or timing was off.
         comparison: against the input model on data not used for calibration.
         metric_before: the user's metric, where there is one.
@@ -175,7 +177,7 @@ class Totals:
 
     file_bytes: tuple[int, int]
     zstd_bytes: tuple[int, int]
-    predicted_ms: tuple[float, float]
+    predicted_ms: tuple[float | None, float | None]
     latency: Latency | None
     comparison: Comparison
     metric_before: float | None = None
@@ -183,8 +185,42 @@ class Totals:
 
 
 @dataclass(frozen=True)
+class Stranded:
+    """A node of the file that the device cannot run, and why."""
+
+    node: str
+    op: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """What becomes of the file on the device; predictions from its profile.
+
+    Attributes:
+        runs: the device runs all of it. On one that runs integers only: it is fully integer.
+        cannot_run: what it does not run.
+        nodes: how many kernels the file comes to, conversions to and from integers left out.
+        predicted_ms: time of those it runs.
+        file_bytes: size of the file.
+        flash_bytes: room for it; None if the profile sets no limit.
+        peak_activation_bytes: most bytes of activations alive at once, inputs and outputs as the file has them.
+        ram_bytes: room for them; None if the profile sets no limit.
+    """
+
+    runs: bool
+    cannot_run: tuple[Stranded, ...]
+    nodes: int
+    predicted_ms: float
+    file_bytes: int
+    flash_bytes: int | None
+    peak_activation_bytes: int
+    ram_bytes: int | None
+
+
+@dataclass(frozen=True)
 class Report:
-    """Everything about one run of the optimizer."""
+    """Everything about one run of the optimizer; ``on_device`` is there if the profile sets limits."""
 
     input: str
     profile: str
@@ -199,6 +235,7 @@ class Report:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+    on_device: OnDevice | None = None
     schema: int = SCHEMA
 
     def to_json(self) -> str:

@@ -27,6 +27,7 @@ __all__ = ["Checked", "Found", "Search"]
 _ATTEMPTS = 6
 _ENDLESS = "it puts noise on an output that is otherwise all zeros, or changes its shape"
 _MANY = 8
+_NO_PLAN = Plan({}, 0.0, 0.0, 0.0)
 _FAR_OFF = 3.0
 """Real noise this many times the summed prices means the prices were taken on too few samples."""
 _LEAST_SLOPE = 0.3
@@ -94,17 +95,20 @@ class Search:
         self.impossible: dict[Term, str] = {}
         self.attempts: list[Attempt] = []
         self.failed: list[tuple[float, float]] = []  # summed prices and real noise of plans that failed
-        self.free = self._solve(None)
+        self.free = self._solve(None) or _NO_PLAN  # noise is no limit here, so there is one
 
     def run(self) -> Found:
         """Searches; deterministic for the same inputs."""
         best: tuple[Built, Plan] | None = None
         problem = ""
+        plan: Plan | None
         plan, limit = self.free, math.inf
         holds, fails = 0.0, math.inf  # limits known to hold and to fail
         out_of_reach = 0.0  # seconds of the slowest plan known to fail
         tried: set[frozenset[Choice]] = set()
         for _ in range(_ATTEMPTS):
+            if plan is None:  # what must change cannot within the budget
+                break
             key = frozenset(plan.choices.values())
             if not key or key in tried:
                 break
@@ -118,6 +122,8 @@ class Search:
                 limit = math.sqrt(holds * fails)
             else:
                 problem = checked.problem
+                if not self._could_differ(plan):
+                    break
                 if limit is math.inf:
                     plan = self._priced(plan, checked)
                     if self.impossible.keys() & _terms(plan):
@@ -128,7 +134,7 @@ class Search:
                 limit = self._lower(holds, fails, plan, checked)
             plan = self._solve(limit)
         if best is None:
-            return Found(None, Plan({}, 0.0, 0.0, 0.0), problem)
+            return Found(None, _NO_PLAN, problem)
         return Found(best[0], replace(best[1], price=self._price(best[1])), "")
 
     def by_hand(self) -> Found:
@@ -137,13 +143,20 @@ class Search:
         before = sum(q.seconds for q in self.questions)
         after = sum(strongest[q.site.key].seconds if q.site.key in strongest else q.seconds for q in self.questions)
         gains = {
-            q.site.key: q.seconds - strongest[q.site.key].seconds for q in self.questions if q.site.key in strongest
+            q.site.key: q.seconds - strongest[q.site.key].seconds
+            for q in self.questions
+            if q.site.key in strongest and not q.must
         }
         plan = Plan({k: o.choice for k, o in strongest.items()}, after, before, 0.0, gains)
         built, checked = self._try(plan)
         if checked.problem:
-            return Found(None, Plan({}, 0.0, 0.0, 0.0), checked.problem)
+            return Found(None, _NO_PLAN, checked.problem)
         return Found(built, plan, "")
+
+    def _could_differ(self, plan: Plan) -> bool:
+        """Whether any site of a plan could stay as it is or take another option, so that prices are of use."""
+        free = (q for q in self.questions if not q.must or len(q.options) > 1)
+        return any(q.site.key in plan.choices for q in free)
 
     def _lower(self, holds: float, fails: float, plan: Plan, checked: Checked) -> float:
         """A smaller limit: prices are off by a common factor, which the last try tells."""
@@ -164,15 +177,15 @@ class Search:
         slope = math.log(less / real) / math.log(lower / price)
         return min(1.0, max(_LEAST_SLOPE, slope))
 
-    def _solve(self, limit: float | None) -> Plan:
-        """The best plan under a limit, all of whose terms have been measured.
+    def _solve(self, limit: float | None) -> Plan | None:
+        """The best plan under a limit, all of whose terms have been measured; None if there is none.
 
         Terms not measured yet count as free, so the solver is drawn to them; then they are measured
         and it solves again. What no good plan would cause is never tried.
         """
         while True:
             plan = solve(self.questions, self.values, self.prices, budget=limit, seconds_per_byte=self.rate)
-            if limit is None or not self._measure(plan):
+            if limit is None or plan is None or not self._measure(plan):
                 return plan
 
     def _measure(self, plan: Plan) -> bool:

@@ -23,6 +23,7 @@ class Target:
         contrib_ops: ``com.microsoft`` operators run.
         max_opset: newest ONNX opset the runtime reads; None if that is no limit.
         required: integers only: whatever is not quantized does not run on the device.
+        folds_constants: the runtime computes constant nodes once, at load.
         float32: some float32 kernel runs.
         float16: some float16 kernel runs.
         weight_only_bits: widths of block-quantized weights that run with float activations (MatMulNBits).
@@ -39,6 +40,7 @@ class Target:
     contrib_ops: bool = True
     max_opset: int | None = None
     required: bool = False
+    folds_constants: bool = True
     float32: bool = True
     float16: bool = False
     weight_only_bits: tuple[int, ...] = ()

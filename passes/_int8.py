@@ -90,8 +90,8 @@ def weight_indices(node: ir.Node) -> tuple[int, ...]:
 
 
 def activation_inputs(node: ir.Node, view: GraphView | None = None) -> tuple[ir.Value, ...]:
-    """Inputs that carry data computed at run time: all operands of Add, Mul and Concat, else the first."""
-    inputs = node.inputs if node.op_type in ("Add", "Mul", "Concat") else node.inputs[:1]
+    """Inputs that carry data computed at run time: all operands of Add, Mul, Sub and Concat, else the first."""
+    inputs = node.inputs if node.op_type in ("Add", "Mul", "Sub", "Concat") else node.inputs[:1]
     if node.op_type == "Gather":
         inputs = ()
     return tuple(v for v in inputs if v is not None and not v.is_initializer())

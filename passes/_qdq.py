@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnxcompress.base import Skip
+from onnxcompress.base import Precision, Skip
 from onnxcompress.passes._int8 import (
     ActivationOptions,
     WeightOptions,
@@ -33,12 +33,13 @@ from onnxcompress.passes._int8 import (
 from onnxcompress.ranges import clip_range
 from onnxcompress.rewrite import Rewriter
 from onnxcompress.statistics import Evidence, RangeMethod
+from onnxcompress.target import Target
 from onnxcompress.view import GraphView
 
-__all__ = ["SILENT_OPS", "STATIC_OPS", "Static", "native_inputs", "obstacle", "range_owners"]
+__all__ = ["SILENT_OPS", "STATIC_OPS", "Static", "native_inputs", "no_kernel", "obstacle", "range_owners"]
 
 _PRODUCTS = frozenset({"Conv", "MatMul", "Gemm"})
-_ARITHMETIC = frozenset({"Add", "Mul", "Concat"})
+_ARITHMETIC = frozenset({"Add", "Mul", "Sub", "Concat"})
 _OWN_RANGE = frozenset({"AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu", "Softmax"})
 _MOVES = frozenset(
     {
@@ -49,6 +50,7 @@ _MOVES = frozenset(
         "Reshape",
         "Resize",
         "Slice",
+        "SpaceToDepth",
         "Split",
         "Squeeze",
         "Tile",
@@ -56,8 +58,16 @@ _MOVES = frozenset(
         "Unsqueeze",
     }
 )
-STATIC_OPS = _PRODUCTS | _ARITHMETIC | _OWN_RANGE | _MOVES
-"""Operators onnxruntime runs on integers between Q and DQ (measured on 1.32)."""
+_ELSEWHERE = frozenset(
+    {
+        "Clip", "Elu", "Gelu", "HardSigmoid", "HardSwish", "Pad", "ReduceMax", "ReduceMean", "ReduceSum", "Relu",
+        "SpaceToDepth", "Sub", "Tanh",
+    }
+)  # fmt: skip
+"""Operators that other runtimes run on integers between Q and DQ; onnxruntime computes them in float there."""
+
+STATIC_OPS = _PRODUCTS | _ARITHMETIC | _OWN_RANGE | _MOVES | _ELSEWHERE
+"""Operators that have an integer form; all but ``_ELSEWHERE`` onnxruntime runs so (measured on 1.32)."""
 
 SILENT_OPS = frozenset(
     {"Cast", "Constant", "ConstantOfShape", "Identity", "NonZero", "Range", "Shape", "Size", "Where"}
@@ -69,7 +79,7 @@ _U8 = ActivationOptions()
 
 
 def obstacle(node: ir.Node, view: GraphView) -> str | None:
-    """Why the node cannot run on integers with scales known beforehand; None if it can."""
+    """Why the node cannot run on integers with scales known beforehand, on any device; None if it can."""
     if node.op_type not in STATIC_OPS:
         return f"onnxruntime has no int8 kernel for {node.op_type}"
     inputs = activation_inputs(node, view)
@@ -97,14 +107,22 @@ def obstacle(node: ir.Node, view: GraphView) -> str | None:
             return "its bias is not a vector"
     if node.op_type == "Concat" and len(inputs) != len(node.inputs):
         return "it joins constants"
-    if node.op_type in ("Add", "Mul") and any(v is not None and v.is_initializer() for v in node.inputs):
+    if node.op_type in ("Add", "Mul", "Sub") and any(v is not None and v.is_initializer() for v in node.inputs):
         constant = next(v for v in node.inputs if v is not None and v.is_initializer())
         if not view.is_float_weight(constant):
             return "its constant operand is not float32"
-    if node.op_type == "Resize" and attributes.get_string("mode", "nearest") != "nearest":
-        return "only nearest-neighbour Resize runs on integers"
     if node.op_type == "MaxPool" and len(node.outputs) > 1:
         return "it also returns indices"
+    return None
+
+
+def no_kernel(node: ir.Node, target: Target) -> str | None:
+    """Why the device does not run the node's integer form; None if it does, as far as passes know."""
+    if node.op_type in _ELSEWHERE and not target.has(node.op_type, Precision.STATIC):
+        return f"onnxruntime has no int8 kernel for {node.op_type}"
+    mixes = node.op_type == "Resize" and not _only_moves(node)
+    if mixes and not target.has("resize_linear", Precision.STATIC):
+        return "only nearest-neighbour Resize runs on integers"
     return None
 
 

@@ -16,7 +16,7 @@ channel weights, and pass-through operators that keep their input's scale.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -85,6 +85,12 @@ class Quantize(Pass):
         if self.weight_ranges not in (RangeMethod.MINMAX, RangeMethod.MSE):
             raise ValueError("weight_ranges must be minmax or mse")
 
+    def gentler(self) -> Iterator[Quantize]:
+        if not self.bias_correction:
+            yield replace(self, bias_correction=True)
+        if self.ranges is not RangeMethod.MSE:
+            yield replace(self, bias_correction=True, ranges=RangeMethod.MSE)
+
     # --- finding -------------------------------------------------------------------------------
 
     def sites(self, view: GraphView) -> Iterator[Site | Skipped]:
@@ -143,10 +149,12 @@ class Quantize(Pass):
         size = sum(t.size for t in map(view.weight, weights) if t is not None)
         noise = tuple(Term("weight", str(w.name)) for w in weights if w is not None)
         saved = 3 * size if size >= self.min_weights else 0
-        if saved and WEIGHTS in self.modes:
+        stored = bool(saved) and WEIGHTS in self.modes and target.folds_constants
+        if stored:
             yield Choice(site, WEIGHTS, bytes_saved=saved, terms=noise, detail=options, effects=False)
         inputs = tuple(str(v.name) for v in activation_inputs(node, view))
-        if noise and DYNAMIC in self.modes and _dynamic.obstacle(node, view, target) is None:
+        dynamic = bool(noise) and DYNAMIC in self.modes and _dynamic.obstacle(node, view, target) is None
+        if dynamic:
             terms = (*noise, Term("dynamic", inputs[0]))
             yield Choice(
                 site, DYNAMIC, Precision.DYNAMIC, bytes_saved=saved, terms=terms, detail=options, effects=False
@@ -163,7 +171,10 @@ class Quantize(Pass):
                     calibrated=True,
                     effects=False,
                 )
-        if STATIC in self.modes and not view.in_subgraph(node) and _qdq.obstacle(node, view) is None:
+        if STATIC in self.modes and (problem := self._no_static(node, view, target)):
+            if not dynamic and not stored:
+                raise Skip(problem)
+        elif STATIC in self.modes:
             owners = _qdq.range_owners(node, last, view)
             yield Choice(
                 site,
@@ -178,6 +189,14 @@ class Quantize(Pass):
                 calibrated=True,
                 effects=False,
             )
+
+    def _no_static(self, node: ir.Node, view: GraphView, target: Target) -> str | None:
+        if view.in_subgraph(node):
+            return "it is inside a subgraph, where activations cannot be observed"
+        problem = _qdq.obstacle(node, view) or _qdq.no_kernel(node, target)
+        if problem and weight_indices(node) and not target.folds_constants:
+            return f"{problem}, and weights stored as int8 would be multiplied out in every run"
+        return problem
 
     # --- making --------------------------------------------------------------------------------
 

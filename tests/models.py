@@ -14,7 +14,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from onnxcompress import model as models
-from onnxcompress.base import Choice, Pass, Site
+from onnxcompress.base import Choice, Pass, Site, Skip
 from onnxcompress.calibrate import calibrate
 from onnxcompress.data import open_data
 from onnxcompress.statistics import Evidence
@@ -106,11 +106,19 @@ def fused(model: ir.Model) -> onnx.ModelProto:
         return onnx.load(path)
 
 
-def learn(pass_: Pass, model: ir.Model, feeds: Feeds) -> Evidence:
+def _offered(pass_: Pass, site: Site, view: GraphView, target: Target) -> list[Choice]:
+    """The choices at a site; none where the pass refuses."""
+    try:
+        return list(pass_.choices(site, view, target))
+    except Skip:
+        return []
+
+
+def learn(pass_: Pass, model: ir.Model, feeds: Feeds, target: Target = TARGET) -> Evidence:
     """Everything the pass asks for."""
     view = GraphView(model)
     sites = [s for s in pass_.sites(view) if isinstance(s, Site)]
-    needs = {n for s in sites for c in pass_.choices(s, view, TARGET) for n in pass_.needs(c, view)}
+    needs = {n for s in sites for c in _offered(pass_, s, view, target) for n in pass_.needs(c, view)}
     return calibrate(model, sorted(needs), open_data([dict(f) for f in feeds], model)) if needs else Evidence()
 
 
@@ -132,12 +140,12 @@ def made(
         if not isinstance(site, Site):
             continue
         want = wanted.get(site.key) if isinstance(wanted, Mapping) else wanted
-        for choice in pass_.choices(site, view, target):
+        for choice in _offered(pass_, site, view, target):
             if want is not None and (choice.name == want if isinstance(want, str) else want(choice)):
                 choices.append(choice)
                 break
     assert choices, "no site has such a choice"
-    built = build(model, pass_, choices, learn(pass_, model, feeds) if feeds else Evidence())
+    built = build(model, pass_, choices, learn(pass_, model, feeds, target) if feeds else Evidence())
     assert not built.refused, built.refused
     check(built.model)
     return built.model

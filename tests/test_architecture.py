@@ -33,7 +33,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "execution",
         "base profile calibrate evaluate interop liveness",
         "registry cost planner instructions",
-        "sensitivity trial measurements emulation alternatives regions",
+        "sensitivity trial measurements emulation alternatives regions suitability",
         "fitting fitting.links fitting.nets fitting.samples fitting.structure fitting.kit_run",
         "fitting.measuring",
         "fitting.own fitting.kit fitting.equations",
