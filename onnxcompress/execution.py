@@ -224,8 +224,9 @@ class Execution:
     def _fuse_integer(self, node: ir.Node) -> bool:
         """Whether a node between DequantizeLinear and QuantizeLinear is an integer kernel."""
         data = [v for v in node.inputs if v is not None and not is_constant(self.view, v)]
-        if node.op_type == "Gather":  # looks up integers in an integer table, whatever the indices are
+        if node.op_type == "Gather":  # looks up integers in an integer table
             data = [v for v in node.inputs[:1] if v is not None]
+        data = [v for v in data if v.dtype != ir.DataType.INT64]  # shapes and the like, whoever computes them
         fed = [self.view.producer(v) for v in data]
         if not fed or any(n is None or n.op_type != "DequantizeLinear" for n in fed):
             return False
