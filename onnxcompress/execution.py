@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from onnxcompress.layout import Layouts
 from onnxcompress.profile_schema import Profile
-from onnxcompress.profile_tables import Fusion
+from onnxcompress.profile_tables import Fusion, Layout
 from onnxcompress.view import GraphView
 from onnxcompress.work import FAMILY, NodeWork, Shapes, is_constant, shape_of, work_of
 
@@ -27,6 +27,7 @@ REMOVED = ("Identity", "Dropout", "Constant")
 
 _CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
 _BYTES = (ir.DataType.UINT8, ir.DataType.INT8)
+_ARITHMETIC = ("Add", "Sub", "Mul", "Div", "Sum")
 _DYNAMIC = ("MatMulInteger", "ConvInteger", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul")
 
 
@@ -60,8 +61,9 @@ class Execution:
         self._fuse(view.nodes())
         self.reordered: dict[ir.Node, list[ir.Value]] = {}
         if profile.layout is not None:
-            layouts = Layouts(profile.layout, view, self._floats, self._shape, self.inside)
+            layouts = Layouts(profile.layout, view, self._floats, self._shape, self._static, self.inside)
             self.blocked = layouts.blocked
+            self._release(profile.layout)
             for found in layouts.reorders:
                 self.reordered.setdefault(found.node, []).append(found.value)
             self._plain = layouts.plain
@@ -136,6 +138,11 @@ class Execution:
     def _floats(self, node: ir.Node) -> bool:
         return self.precision(self.inside.get(node, node)) == "f32" and not self._folded(node)
 
+    def _static(self, value: ir.Value) -> bool:
+        """Known once the model is loaded; what comes out of a DequantizeLinear is not."""
+        producer = self.view.producer(value)
+        return self.view.weight(value) is not None or (producer is not None and self._folded(producer))
+
     def _shape(self, value: ir.Value | None) -> tuple[int, ...] | None:
         return None if value is None else shape_of(self.view, self.shapes, value)
 
@@ -172,11 +179,24 @@ class Execution:
         self.inside[other] = node
         self.rule[other] = rule
 
+    def _release(self, layout: Layout) -> None:
+        """Lets those run by themselves that a kernel does not take in the layout it works in."""
+        for node in self.view.nodes():
+            host, rule = self.inside.get(node), self.rule.get(node)
+            if host is None or rule is None or rule.side != "after" or rule.precision != "f32" or node in self.blocked:
+                continue
+            data = [v for v in node.inputs if v is not None and not is_constant(self.view, v)]
+            makers = [self.view.producer(v) for v in data]
+            # Only blocked convolutions add another map; what comes after a sum that is left alone is so, too.
+            summed = host.op_type in layout.starts and len(data) > 1
+            if host in self.blocked or summed or not any(m is host or self.inside.get(m) is host for m in makers if m):
+                del self.inside[node], self.rule[node]
+
     def _followers(self, node: ir.Node, precision: str) -> list[tuple[ir.Node, Fusion]]:
         """Nodes that vanish into a producer, one behind the other, each with the rule that says so."""
         rules = self._rules(node, precision, "after")
         found: list[tuple[ir.Node, Fusion]] = []
-        last = node
+        last, reached = node, 0
         while rules and (reader := self._only_reader(last)) is not None:
             others = [v for v in reader.inputs if v is not None and v is not last.outputs[0]]
             if len(others) != sum(v is not None for v in reader.inputs) - 1:
@@ -184,6 +204,11 @@ class Execution:
             rule = next((f for f in rules if self._fits(f, node, last, reader, others)), None)
             if rule is None or reader in self.inside:
                 break
+            if node.op_type not in FAMILY:  # convolutions and products take constants, then one sum, then an activation
+                step = 0 if rule.constant_operand else 1 if reader.op_type in _ARITHMETIC else 2
+                if reached and step <= reached:
+                    break
+                reached = step
             found.append((reader, rule))
             last = reader
         return found
@@ -195,12 +220,31 @@ class Execution:
         if rule.same_operand:
             return all(v in node.inputs for v in others)
         data = self._shape(last.outputs[0])
-        if rule.constant_operand:
-            channels = 0 if data is None or not data else data[1 if len(data) > 2 and node.op_type == "Conv" else -1]
-            sizes = [math.prod(self._shape(v) or ()) for v in others]
-            return all(is_constant(self.view, v) for v in others) and all(n == channels for n in sizes)
         constant = all(is_constant(self.view, v) for v in others)
-        return constant or all(self._shape(v) == data for v in others)
+        if rule.constant_operand:
+            return constant and all(self._per_channel(node, reader, self._shape(v), data) for v in others)
+        if constant and (reader.op_type not in _ARITHMETIC or node.op_type in FAMILY):
+            return True
+        return not constant and all(self._shape(v) == data for v in others)
+
+    def _per_channel(
+        self, node: ir.Node, reader: ir.Node, operand: tuple[int, ...] | None, data: tuple[int, ...] | None
+    ) -> bool:
+        """Whether a constant operand can go into the weights of a convolution or a product."""
+        if operand is None or not data:
+            return False
+        if reader.op_type not in _ARITHMETIC:  # what a normalization reads is one number per channel
+            return len(data) > 1 and operand == data[1:2]
+        bare = operand
+        while bare[:1] == (1,) and len(bare) > 1:
+            bare = bare[1:]
+        if not node.op_type.startswith("Conv"):
+            return bare == data[-1:] and len(operand) <= len(data)
+        first = next((v for v in reader.inputs if v is not None), None)
+        if first is None or is_constant(self.view, first):  # only looked for behind the convolution's result
+            return False
+        channels = (data[1], *(1,) * (len(data) - 2))
+        return operand in (channels, (1, *channels)) or (operand == () and reader.op_type == "Mul")
 
     def _rules(self, node: ir.Node, precision: str, side: str) -> list[Fusion]:
         return self._by_op.get((node.op_type, precision, side), [])
@@ -267,8 +311,8 @@ def touches(node: ir.Node, names: Container[str]) -> bool:
 
 
 def _outline(shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    """Rank and channels of a map, or all of anything else: what fusions and layouts hang on."""
-    return shape if shape is None or len(shape) < 4 else (len(shape), shape[1])
+    """What fusions and layouts hang on: rank, channels and what is repeated of a map, all of anything else."""
+    return shape if shape is None or len(shape) < 4 else (len(shape), shape[1], *(int(d == 1) for d in shape[2:]))
 
 
 def float_name(op_type: str) -> str:

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from onnxcompress.profile_tables import Layout
 from onnxcompress.view import GraphView
+from onnxcompress.work import FAMILY, is_constant
 
 __all__ = ["Layouts", "Reorder"]
 
@@ -45,7 +46,8 @@ class Layouts:
         view: the model.
         floats: whether a node runs as a float kernel, or inside one.
         shape: of a value, None if unknown.
-        absorbed: node -> the node whose kernel runs it; these follow their host.
+        static: whether a value is known once the model is loaded.
+        absorbed: node -> the node whose kernel runs it; these follow their host where that kernel takes them.
 
     Attributes:
         blocked: nodes that work in the blocked layout.
@@ -55,9 +57,10 @@ class Layouts:
 
     def __init__(
         self, layout: Layout, view: GraphView, floats: Callable[[ir.Node], bool], shape: ShapeOf,
-        absorbed: dict[ir.Node, ir.Node],
+        static: Callable[[ir.Value], bool], absorbed: dict[ir.Node, ir.Node],
     ) -> None:  # fmt: skip
-        self.layout, self.view, self.floats, self.shape, self.absorbed = layout, view, floats, shape, absorbed
+        self.layout, self.view, self.floats, self.shape = layout, view, floats, shape
+        self.static, self.absorbed = static, absorbed
         self._values: set[ir.Value] = set()
         self.blocked: set[ir.Node] = set()
         self.plain: set[ir.Node] = set()
@@ -91,36 +94,70 @@ class Layouts:
         out = self.shape(node.outputs[0]) if node.outputs else None
         if data is None or out is None or len(out) != 4:
             return None
-        if node in self.absorbed and self.absorbed[node].outputs and self._host_blocked(node):
-            return [v for v in node.inputs if v is not None and v in self._values]
+        if node in self.absorbed:
+            return self._with_host(node)
         if node.op_type == "Conv":
             return self._convolution(node, data)
+        if FAMILY.get(node.op_type) == "pool" and (len(node.outputs) > 1 or out[1] % self.layout.block):
+            return None  # pooling takes whole blocks only, and none that also tells where the maxima were
         if node.op_type in self.layout.starts:
             return [data] if out[1] % self.layout.align == 0 else None
         return self._carried(node, data, out)
 
-    def _host_blocked(self, node: ir.Node) -> bool:
-        return any(v in self._values for v in node.inputs if v is not None)
+    def _computed(self, node: ir.Node) -> list[ir.Value]:
+        return [v for v in node.inputs if v is not None and not is_constant(self.view, v)]
+
+    def _with_host(self, node: ir.Node) -> list[ir.Value] | None:
+        """Of a node inside another: a blocked kernel takes no plain map, and few operators after a sum."""
+        inputs = self._computed(node)
+        if not inputs or any(v not in self._values for v in inputs):
+            return None
+        maker = self.view.producer(inputs[0])
+        summed = maker in self.absorbed and maker is not None and len(self._computed(maker)) > 1
+        return inputs if not summed or node.op_type in (*self.layout.carries, *self.layout.joins) else None
 
     def _carried(self, node: ir.Node, data: ir.Value, out: Shape) -> list[ir.Value] | None:
         if node.op_type in self.layout.carries:
-            return [data] if data in self._values else None
+            carried = node.op_type not in ("Resize", "Upsample") or self._upsamples(node, data, out)
+            return [data] if data in self._values and carried else None
         if node.op_type not in self.layout.joins:
             return None
-        inputs = [v for v in node.inputs if v is not None]
-        if any(v not in self._values for v in inputs):
+        inputs = self._computed(node)
+        if not inputs or any(v not in self._values for v in inputs):
+            return None
+        if node.op_type == "Mul" and len(inputs) == 1:  # becomes a depthwise convolution
+            scales = [self.shape(v) for v in node.inputs[1:]]
+            return inputs if data in inputs and scales[0] in ((out[1], 1, 1), (1, out[1], 1, 1)) else None
+        if len(inputs) < sum(v is not None for v in node.inputs):
             return None
         shapes = [self.shape(v) for v in inputs]
         if node.op_type == "Concat":
             axis = node.attributes.get("axis")
             whole = all(s is not None and s[1] % self.layout.block == 0 for s in shapes)
             return inputs if whole and axis is not None and axis.as_int() == 1 else None
+        if node.op_type in ("Add", "Sum"):  # may repeat a pixel, but no channel
+            return inputs if all(s is not None and len(s) == 4 and s[1] == out[1] for s in shapes) else None
         return inputs if all(s == out for s in shapes) else None
+
+    def _upsamples(self, node: ir.Node, data: ir.Value, out: Shape) -> bool:
+        """By whole factors, and in the ways there are blocked kernels for."""
+        before = self.shape(data)
+        if before is None or before[1] != out[1] or any(b < 1 or o % b for b, o in zip(before, out, strict=True)):
+            return False
+        old = node.op_type == "Upsample" or self.view.opset < 11
+        how = _text(node, "coordinate_transformation_mode", "asymmetric" if old else "half_pixel")
+        rounds = _text(node, "nearest_mode", "floor" if old else "round_prefer_floor")
+        mode = _text(node, "mode", "nearest")
+        if mode == "nearest":
+            return how == "asymmetric" and rounds == "floor"
+        return mode == "linear" and how in ("asymmetric", "half_pixel", "align_corners")
 
     def _convolution(self, node: ir.Node, data: ir.Value) -> list[ir.Value] | None:
         weight = self.shape(node.inputs[1]) if len(node.inputs) > 1 else None
         if weight is None or len(weight) != 4 or "Conv" not in self.layout.starts:
             return None
+        if any(v is not None and not self.static(v) for v in node.inputs[1:]):
+            return None  # weights are brought into blocks when the model is loaded
         attribute = node.attributes.get("group")
         group = 1 if attribute is None else attribute.as_int()
         outer, inner = weight[:2]
@@ -134,3 +171,8 @@ class Layouts:
             self.plain.add(node)
             return []  # reads the plain layout, makes the blocked one
         return [data] if inner % self.layout.align == 0 else None
+
+
+def _text(node: ir.Node, name: str, default: str) -> str:
+    attribute = node.attributes.get(name)
+    return default if attribute is None else attribute.as_string()

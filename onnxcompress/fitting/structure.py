@@ -35,6 +35,10 @@ _INTEGER = (
 )  # fmt: skip
 _HALF = ("free", *_CONV[:3], *_PRODUCT, "elementwise", "Sigmoid")
 _ACTIVATIONS = ("Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish")
+_CARRIES = (
+    "Relu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Gelu", "BatchNormalization", "Resize", "Upsample",
+    "GlobalAveragePool", "GlobalMaxPool",
+)  # fmt: skip
 
 CAREFUL = frozenset({*_CONV, "MaxPool", "AveragePool"})
 """Kinds whose price depends on how many channels there are beyond their work."""
@@ -84,26 +88,27 @@ def structure(
         "quantization": {"activation": "u8", "weight_bits": 8, "per_channel": True, "channel_multiple": max(block, 1)},
         "overhead": {"ns_per_run": 0.0, "ns_per_node": 0.0},
         "kernel": kernels,
-        "fusion": _fusions("u8s8" in precisions),
+        "fusion": _fusions("u8s8" in precisions, bool(block)),
         "cache": list(caches),
     }
     if block:
         tables["layout"] = Layout(
             block=block,
             align=4,
-            starts=("Conv", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"),
-            carries=(*_ACTIVATIONS, "BatchNormalization", "Resize", "Upsample"),
+            starts=("Conv", "MaxPool", "AveragePool"),
+            carries=_CARRIES,
             joins=("Add", "Sum", "Mul", "Concat"),
             source="nchwc_transformer.cc of onnxruntime",
         )
     return Profile.model_validate(tables)
 
 
-def _fusions(integers: bool) -> list[Fusion]:
+def _fusions(integers: bool, blocked: bool) -> list[Fusion]:
     """Constants go into weights for nothing; other operands cost what is left of them."""
+    taken = _ACTIVATIONS if blocked else tuple(op for op in _ACTIVATIONS if op != "HardSwish")
     found = [
         Fusion(op="Conv", absorbs=("Add", "Mul", "BatchNormalization"), constant_operand=True),
-        Fusion(op="Conv", absorbs=(*_ACTIVATIONS, "Add")),
+        Fusion(op="Conv", absorbs=(*taken, *(("Add",) if blocked else ()))),
         Fusion(op="Conv", absorbs=("Pad",), side="before"),
         Fusion(op="ConvTranspose", absorbs=("BatchNormalization",), constant_operand=True),
         Fusion(op="MatMul", absorbs=("Add",), constant_operand=True),
