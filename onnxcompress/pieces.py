@@ -58,7 +58,9 @@ def _plain(node: ir.Node, kind: str, data: Shape, out: Shape, known: Sequence[Sh
     size = math.prod(out)
     if op == "Transpose":
         return size // _still(node, data)
-    if op in ("Slice", "Pad", "Expand", "Tile", "Resize", "Upsample"):
+    if op == "Slice":
+        return size // min(_unchanged(data, out), _unstepped(node, out, integers))
+    if op in ("Pad", "Expand", "Tile", "Resize", "Upsample"):
         return size // _unchanged(data, out)
     if op in ("DepthToSpace", "SpaceToDepth"):
         return size
@@ -85,11 +87,10 @@ def span(first: Shape, second: Shape) -> int:
 
     The inner axes count as long as neither, or always the same one, is repeated along them. Of two
     shapes that both end in 1 the innermost pair with more than one element counts, unless one of them
-    has no axis left: then single elements do (onnxruntime's ``Broadcaster``).
+    has no axis left: then single elements do (onnxruntime's ``Broadcaster``). A scalar has one axis in this.
     """
+    first, second = first or (1,), second or (1,)
     axes = max(len(first), len(second))
-    if not first or not second:
-        return math.prod(first or second)
     fewest = min(len(first), len(second))
     a, b = first[::-1], second[::-1]
     start = 0
@@ -121,8 +122,9 @@ def _spans(shapes: Sequence[Shape], out: Shape) -> tuple[int, int]:
 
 
 def _channels_last(shape: Shape, rank: int) -> Shape:
-    if rank < 3 or len(shape) != rank:
+    if rank < 3 or not shape:
         return shape
+    shape = (*(1,) * (rank - len(shape)), *shape)
     return (shape[0], *shape[2:], shape[1])
 
 
@@ -159,6 +161,14 @@ def _unchanged(data: Shape, out: Shape) -> int:
             return run * max(min(before, after), 1)
         run *= after
     return max(run, 1)
+
+
+def _unstepped(node: ir.Node, out: Shape, integers: Integers) -> int:
+    """Elements of the axes inside the last of which only every so many are taken."""
+    steps = integers(node.inputs[4]) if len(node.inputs) > 4 else ()
+    axes = integers(node.inputs[3]) or tuple(range(len(steps))) if steps else ()
+    last = max((axis % len(out) for axis, step in zip(axes, steps, strict=False) if step != 1), default=-1)
+    return math.prod(out[last + 1 :])
 
 
 def _axis(node: ir.Node, default: int, rank: int) -> int:
