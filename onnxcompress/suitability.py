@@ -82,7 +82,7 @@ def _stranded(execution: Execution, reasons: Mapping[str, str]) -> tuple[Strande
             reason = f"the device does not run {node.op_type}"
         elif target.required and precision != Precision.STATIC and _is_float(node):
             reason = reasons.get(str(node.name)) or "it is float, and the device runs integers only"
-        elif target.required and kernel is None:
+        elif precision == Precision.STATIC and kernel is None:
             reason = f"the profile has no {precision} kernel for {node.op_type}"
         if reason:
             found.append(Stranded(str(node.name), node.op_type, reason))

@@ -58,7 +58,9 @@ def plan(
     rate: float = 0.0,
 ) -> Plan:
     priced = {Term("t", name): price for name, price in (prices or {}).items()}
-    return solve(questions, values or {}, priced, budget=budget, seconds_per_byte=rate)
+    found = solve(questions, values or {}, priced, budget=budget, seconds_per_byte=rate)
+    assert found is not None
+    return found
 
 
 def chosen(found: Plan) -> dict[str, str]:
