@@ -96,16 +96,14 @@ def span(first: Shape, second: Shape) -> int:
     start = 0
     while start + 1 < fewest and max(a[start], b[start]) <= 1:
         start += 1
-    length, repeated = 1, None
+    length, moving = 1, None
     for i in range(start, axes):
         x, y = (a[i] if i < len(a) else 1), (b[i] if i < len(b) else 1)
-        beyond = i >= fewest  # an axis the smaller does not have is repeated along, even if it is 1 long
-        state = (x == 1 and (y > 1 or (beyond and i >= len(a))), y == 1 and (x > 1 or (beyond and i >= len(b))))
-        if x <= 1 and y <= 1 and i > start:
+        if start < i < fewest and max(x, y) <= 1:  # of the axes only one of them has, those of length 1 end a span, too
             continue
-        if repeated is not None and state != repeated:
+        if moving is not None and (x > 1, y > 1) != moving:
             break
-        repeated = state
+        moving = x > 1, y > 1
         length *= max(x, y)
     return max(length, 1)
 
