@@ -325,6 +325,8 @@ def _convolution(node: ir.Node, look: _Look, common: _Common) -> NodeWork:
 
 
 def _convolution_kind(inner: int, outer: int, group: int, taps: int) -> str:
+    if inner == outer == 1:  # each channel by itself; a single one, too
+        return "conv_depthwise"
     if group > 1:
         return "conv_depthwise" if inner == 1 else "conv_grouped"
     if inner <= _FEW:

@@ -85,7 +85,7 @@ def link_row(link: Link, seconds: float, profile: Profile) -> Row:
 def _link_uses(link: Link, profile: Profile) -> Iterator[tuple[float, Use]]:
     each = 1.0 / (LONG - SHORT)
     for count, factor in ((LONG, each), (SHORT, -each)):
-        proto = link.build(count)
+        proto = link.build(count, drawn=False)
         yield from ((factor, use) for use in usage(profile, proto, feeds(proto)))
 
 

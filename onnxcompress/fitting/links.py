@@ -25,7 +25,8 @@ Array = npt.NDArray[Any]
 class Chain:
     """A growing graph: nodes, initializers and the helpers that quantized links need."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, *, drawn: bool = True) -> None:
+        self.drawn = drawn
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.inputs: list[onnx.ValueInfoProto] = []
@@ -45,6 +46,8 @@ class Chain:
         return names[0] if outputs == 1 else ",".join(names)
 
     def normal(self, *shape: int, std: float = 1.0) -> Array:
+        if not self.drawn:
+            return np.full(shape, std, np.float32)
         return (self.rng.standard_normal(shape) * std).astype(np.float32)
 
     def _activation_grid(self) -> tuple[str, str]:
@@ -137,9 +140,14 @@ class Link:
         """Tells it from all others."""
         return f"{self.kind} {self.precision} {self.on} {self.label}"
 
-    def build(self, count: int) -> onnx.ModelProto:
-        """The chain of ``count`` links."""
-        chain = Chain()
+    def build(self, count: int, *, drawn: bool = True) -> onnx.ModelProto:
+        """The chain of ``count`` links.
+
+        Args:
+            count: of links.
+            drawn: weights are random; if not they are all the same, which is enough to count work and is faster.
+        """
+        chain = Chain(drawn=drawn)
         quantized = self.precision == "u8s8" and not self.raw
         element_type = self.integer_input or TensorProto.FLOAT
         value = ""
