@@ -97,7 +97,9 @@ def _kernels(execution: Execution) -> Iterator[ir.Node]:
 
 
 def _is_float(node: ir.Node) -> bool:
-    return any(v is not None and v.dtype in (*_FLOATS, None) for v in (*node.inputs[:1], *node.outputs))
+    """Whether it computes on floats; a Shape does not look at what it reads."""
+    values = node.outputs if node.op_type in ("Shape", "Size") else (*node.inputs[:1], *node.outputs)
+    return any(v is not None and v.dtype in (*_FLOATS, None) for v in values)
 
 
 # --- in words -----------------------------------------------------------------------------------
@@ -138,7 +140,7 @@ def _not_running(what: OnDevice, profile: Profile, dropped: str, synthetic: bool
         f"{'not fully integer: ' if required else ''}{profile.name} cannot run {len(what.cannot_run)} of {what.nodes} "
         f"nodes of the file ({kinds}: {names}{more}). Where its runtime has a host CPU they fall to that, and perhaps "
         "what follows them; where not, the file does not run: choose another profile, or a model without them. "
-        "Predicted times leave them out"
+        f"The rest is predicted to take {what.predicted_ms:.3g} ms"
     )
     if any(s.op == "Shape" for s in what.cannot_run):
         yield "the file computes shapes at run time, for inputs have dynamic dimensions: export it with fixed ones"
