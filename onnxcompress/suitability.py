@@ -143,7 +143,7 @@ def _not_running(what: OnDevice, profile: Profile, dropped: str, synthetic: bool
         f"The rest is predicted to take {what.predicted_ms:.3g} ms"
     )
     if any(s.op == "Shape" for s in what.cannot_run):
-        yield "the file computes shapes at run time: where that is for dynamic dimensions of inputs, export it with fixed ones"
+        yield "the file computes shapes at run time: if inputs have dynamic dimensions, export it with fixed ones"
     if required and dropped:
         yield (
             f"the all-integer model was built and not kept, nor was any part of it. At best: {dropped}. Allow that, or "
