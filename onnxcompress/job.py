@@ -416,9 +416,16 @@ class Job:
             on_device=device,
         )
 
+    def _cost_of_result(self) -> float:
+        """Seconds of what was built; the plan only knew what it would be, conversions and layouts aside."""
+        if self.result is self.normalised or self.result is self.original:
+            return self.predicted
+        shapes = value_shapes(self.result, self.calibration.first(), bodies=True)
+        return self.cost.model(GraphView(self.result), shapes).seconds
+
     def _predictions(self, device: OnDevice | None) -> tuple[float | None, float | None]:
         """Milliseconds before and after; None of a model that a device of integers only does not run."""
-        before, after = 1e3 * self.predicted, 1e3 * (self.predicted - self.saved)
+        before, after = 1e3 * self.predicted, 1e3 * self._cost_of_result()
         if device is None or not self.target.required:
             return before, after
         idle = stranded(GraphView(self.normalised), self.profile, self.shapes)
