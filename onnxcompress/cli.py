@@ -241,11 +241,12 @@ def optimize(
 @click.option(
     "--shape", "shapes", callback=_shapes, multiple=True, metavar="NAME=1x3x224x224", help="Of a dynamic input."
 )
-def inspect(model: Path, profile: str, shapes: dict[str, tuple[int, ...]], verbose: bool) -> Answer:
+@click.option("--zstd", is_flag=True, help="Also compress the weights and say how many bytes that takes.")
+def inspect(model: Path, profile: str, shapes: dict[str, tuple[int, ...]], zstd: bool, verbose: bool) -> Answer:
     """Show what each node of a model costs on a profile."""
     from onnxcompress import inspection
 
-    cost = inspection.inspect(model, profile=profile, shapes=shapes)
+    cost = inspection.inspect(model, profile=profile, shapes=shapes, compressed=zstd)
     return Answer(cost, render.cost(cost, verbose=verbose))
 
 

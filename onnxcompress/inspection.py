@@ -28,6 +28,7 @@ def inspect(
     *,
     profile: str | os.PathLike[str] | Profile = "host-x86-vnni",
     shapes: Mapping[str, tuple[int, ...]] | None = None,
+    compressed: bool = False,
 ) -> ModelCost:
     """Cost of every node of a model on a device.
 
@@ -35,13 +36,15 @@ def inspect(
         model: a file or an ``ir.Model``.
         profile: the device.
         shapes: concrete shapes of inputs by name; dynamic dimensions get defaults without them.
+        compressed: also what the weights take with zstd, each by itself; a second for 200 MB.
 
     Raises:
         DataError: ``shapes`` names an input the model does not have.
     """
     device = profile if isinstance(profile, Profile) else load_profile(os.fspath(profile))
     bound = with_shapes(model, shapes or {})
-    return CostModel(device).model(GraphView(bound), value_shapes(bound, open_data(None, bound).first(), bodies=True))
+    seen = value_shapes(bound, open_data(None, bound).first(), bodies=True)
+    return CostModel(device).model(GraphView(bound), seen, compressed=compressed)
 
 
 def with_shapes(model: ModelLike, shapes: Mapping[str, tuple[int, ...]]) -> ir.Model:

@@ -286,6 +286,7 @@ def cost(what: ModelCost, *, verbose: bool = False) -> RenderableType:
         ("predicted", milliseconds(1e3 * what.seconds), f"on {what.profile}"),
         ("MACs", amount(what.macs), ""),
         ("weights", size(what.weight_bytes), f"{amount(what.params)} parameters"),
+        *((("weights, zstd", size(what.zstd_bytes), ""),) if what.zstd_bytes is not None else ()),
         ("peak activations", size(what.peak_activation_bytes), ""),
     ]
     if what.energy_joule is not None:

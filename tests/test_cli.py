@@ -571,3 +571,14 @@ def test_a_reader_that_goes_away_is_no_failure_of_ours(tmp_path: Path) -> None:
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 141
     assert done.stderr == ""
+
+
+def test_inspect_compresses_weights_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = get_model("gen-cnn", tmp_path)
+    found = []
+    for more in ([], ["--zstd"]):
+        assert main(["inspect", str(path), "--json", *more]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0]["zstd_bytes"] is None
+    assert 0 < found[1]["zstd_bytes"] <= found[1]["weight_bytes"] + 1000
+    assert sum(n["zstd_bytes"] for n in found[1]["nodes"]) >= found[1]["zstd_bytes"]
