@@ -233,11 +233,11 @@ class CostModel:
 
     def _settled(self, execution: Execution) -> CostModel:
         total = 0.0
-        for node in execution.view.nodes():
+        for node in filter(execution.runs, execution.view.nodes()):
             work, precision = execution.work(node), execution.precision(node)
-            total += work.weights * bytes_per_weight(precision)
-            if execution.runs(node):
-                total += work.elements_out * bytes_per_activation(precision)
+            if precision == "f32" and self.profile.quantization.required:
+                precision = "u8s8"  # what is float now will be integers when it runs
+            total += work.weights * bytes_per_weight(precision) + work.elements_out * bytes_per_activation(precision)
         return replace(self, traffic_bytes=int(total))
 
     def _kernel(self, work: NodeWork, precision: str) -> Kernel | None:
@@ -391,19 +391,20 @@ class Costing:
         execution = self._execution
         work, precision = execution.work(node), execution.precision(node)
         known, seconds = work.known, 0.0
-        inside = execution.inside.get(node)
+        inside, runs = execution.inside.get(node), execution.runs(node)
         if (rule := execution.rule.get(node)) is not None:
             seconds = 1e-9 * rule.ns_per_element * work.elements_out
-        elif execution.runs(node):
+        elif runs:
             price = self.prices.node(_converted(execution, node, work), precision)
             known, seconds = known and price is not None, price or 0.0
         for size in execution.reorders(node):
             seconds += self.prices.node(_reorder("", size)) or 0.0
-        tensors = [t for v in node.inputs if v is not None for t in self._stored(v)]
+        tensors = self._stored(node)
         return NodeCost(
             work.name, work.op_type, work.kind, precision, work.macs, work.params, sum(t.nbytes for t in tensors),
             seconds, 0.0, "" if inside is None else str(inside.name), known or inside is not None,
-            self._joules(work, precision, seconds), sum(map(self._compressed, tensors)) if compressed else None,
+            self._joules(work if runs else NodeWork("", "", "free"), precision, seconds),
+            sum(map(self._compressed, tensors)) if compressed else None,
         )  # fmt: skip
 
     def _joules(self, work: NodeWork, precision: str, seconds: float) -> float | None:
@@ -432,15 +433,21 @@ class Costing:
             self._packed[id(tensor)] = len(zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(tensor.tobytes()))
         return self._packed[id(tensor)]
 
-    def _stored(self, value: ir.Value) -> Iterator[ir.TensorProtocol]:
-        """Tensors in the file behind a constant."""
-        tensor = self.view.weight(value)
-        if tensor is not None:
-            yield tensor
-        elif is_constant(self.view, value) and (producer := self.view.producer(value)) is not None:
-            for source in producer.inputs:
-                if source is not None:
-                    yield from self._stored(source)
+    def _stored(self, node: ir.Node) -> list[ir.TensorProtocol]:
+        """Tensors in the file behind the constants a node reads, each once."""
+        found: dict[int, ir.TensorProtocol] = {}
+        waiting, seen = list(reversed(node.inputs)), set(node.inputs)
+        while waiting:
+            if (value := waiting.pop()) is None:
+                continue
+            producer = self.view.producer(value)
+            if (tensor := self.view.weight(value)) is not None:
+                found[id(tensor)] = tensor
+            elif producer is not None and is_constant(self.view, value):
+                fresh = [v for v in producer.inputs if v not in seen]
+                seen.update(fresh)
+                waiting += reversed(fresh)
+        return list(found.values())
 
     def _other_branches(self, rows: dict[ir.Node, NodeCost]) -> set[ir.Node]:
         """Nodes in the cheaper branches of every If."""

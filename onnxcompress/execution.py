@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 
 import onnx_ir as ir
 
@@ -72,8 +73,8 @@ class Execution:
     def reshaped(self, changes: Mapping[str, tuple[int, ...]]) -> Execution:
         """The same model with other shapes.
 
-        What runs inside what hangs on ranks and channels; where only extents change it is kept, and only nodes
-        that read or make a changed value are looked at again.
+        What runs inside what hangs on ranks, channels and which shapes are equal; where only extents change it is
+        kept, and only nodes that read or make a changed value are looked at again.
 
         Args:
             changes: new shapes by value name.
@@ -83,8 +84,18 @@ class Execution:
             return Execution(self.profile, self.view, shapes)
         other = copy.copy(self)
         other.shapes = shapes
-        other._work = {n: w for n, w in self._work.items() if not touches(n, changes)}
+        touched = {n for n in self.view.nodes() if touches(n, changes)}
+        if any(self._relations(node) != other._relations(node) for node in touched):
+            return Execution(self.profile, self.view, shapes)
+        other._work = {n: w for n, w in self._work.items() if n not in touched}
         return other
+
+    def _relations(self, node: ir.Node) -> tuple[bool, ...]:
+        """Which of the shapes a node works on are equal, and whether it enlarges by whole factors."""
+        shapes = [self._shape(v) for v in (*node.inputs, *node.outputs[:1])]
+        first, last = shapes[0] if shapes else None, shapes[-1] if shapes else None
+        whole = (b > 0 and o % b == 0 for b, o in zip(first or (), last or (), strict=False))
+        return (*(s == first for s in shapes), *(s == last for s in shapes), all(whole))
 
     # --- questions ---------------------------------------------------------------------------------------
 
@@ -153,8 +164,16 @@ class Execution:
         return is_constant(self.view, node.outputs[0]) and not self._reads_dequantized(node)
 
     def _reads_dequantized(self, node: ir.Node) -> bool:
-        producers = [self.view.producer(v) for v in node.inputs if v is not None]
-        return any(p is not None and (p.op_type == "DequantizeLinear" or self._reads_dequantized(p)) for p in producers)
+        return any(v in self._dequantized for v in node.inputs)
+
+    @cached_property
+    def _dequantized(self) -> frozenset[ir.Value]:
+        """Constants that come out of a DequantizeLinear, or are made of such."""
+        found: set[ir.Value | None] = set()
+        for node in self.view.nodes():
+            if node.op_type == "DequantizeLinear" or any(v in found for v in node.inputs):
+                found.update(v for v in node.outputs if is_constant(self.view, v))
+        return frozenset(v for v in found if v is not None)
 
     # --- what runs inside what --------------------------------------------------------------------------
 

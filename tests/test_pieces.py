@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxcompress.pieces import pieces, span
@@ -97,6 +97,7 @@ def broadcast(draw: st.DrawFn) -> tuple[Shape, Shape, Shape]:
     return first, second, np.broadcast_shapes(first, second)
 
 
+@settings(deadline=None)
 @given(broadcast())
 def test_spans_are_those_of_the_broadcaster(shapes: tuple[Shape, Shape, Shape]) -> None:
     first, second, out = shapes
@@ -105,6 +106,7 @@ def test_spans_are_those_of_the_broadcaster(shapes: tuple[Shape, Shape, Shape]) 
     assert math.prod(out) % span(first, second) == 0
 
 
+@settings(deadline=None)
 @given(broadcast())
 def test_a_span_reads_neighbours_or_one_element(shapes: tuple[Shape, Shape, Shape]) -> None:
     first, second, out = shapes
@@ -115,6 +117,7 @@ def test_a_span_reads_neighbours_or_one_element(shapes: tuple[Shape, Shape, Shap
         assert ((step == 1).all(axis=1) | (step == 0).all(axis=1)).all()
 
 
+@settings(deadline=None)
 @given(broadcast())
 def test_pieces_of_an_elementwise_operator_are_its_spans(shapes: tuple[Shape, Shape, Shape]) -> None:
     first, second, out = shapes
@@ -151,6 +154,7 @@ def turned(draw: st.DrawFn) -> tuple[Shape, tuple[int, ...]]:
     return shape, tuple(draw(st.permutations(range(len(shape)))))
 
 
+@settings(deadline=None)
 @given(turned())
 def test_transpose(case: tuple[Shape, tuple[int, ...]]) -> None:
     shape, perm = case
@@ -186,6 +190,7 @@ def _numbered(shapes: list[Shape], order: tuple[int, ...] | None = None) -> list
     return arrays
 
 
+@settings(deadline=None)
 @given(joined())
 def test_concat(case: tuple[list[Shape], int]) -> None:
     shapes, axis = case
@@ -206,6 +211,7 @@ def test_concat(case: tuple[list[Shape], int]) -> None:
         assert last == runs(turned)
 
 
+@settings(deadline=None)
 @given(joined())
 def test_split_is_concat_backwards(case: tuple[list[Shape], int]) -> None:
     shapes, axis = case
@@ -224,6 +230,7 @@ def sliced(draw: st.DrawFn) -> tuple[Shape, list[tuple[int, int, int]]]:
     return shape, cuts
 
 
+@settings(deadline=None)
 @given(sliced())
 def test_slice(case: tuple[Shape, list[tuple[int, int, int]]]) -> None:
     shape, cuts = case
@@ -236,6 +243,7 @@ def test_slice(case: tuple[Shape, list[tuple[int, int, int]]]) -> None:
     assert found <= array.size
 
 
+@settings(deadline=None)
 @given(sliced())
 def test_slice_without_steps_is_as_long_as_can_be(case: tuple[Shape, list[tuple[int, int, int]]]) -> None:
     shape, cuts = case
@@ -256,6 +264,7 @@ def test_a_slice_with_steps_copies_single_elements() -> None:
     assert counted("Slice", [(3, 8)], [(3, 8)], "move", backwards) == (24, 24)
 
 
+@settings(deadline=None)
 @given(SHAPES, st.data())
 def test_gather(shape: Shape, data: st.DataObject) -> None:
     axis = data.draw(st.integers(-len(shape), len(shape) - 1))
