@@ -212,7 +212,7 @@ class CostModel:
                 if not rule.constant_operand:  # else it has gone into the weights
                     found.append(Use(work.name, ("fused", rule.precision, node.op_type), work, dispatched=0))
             elif execution.runs(node):
-                found += cost._use(_converted(execution, node, work), precision)
+                found += execution.copies(node) * list(cost._use(_converted(execution, node, work), precision))
             for size in execution.reorders(node):
                 found += cost._use(_reorder(work.name, size), "f32")
         return tuple(found)
@@ -396,7 +396,7 @@ class Costing:
             seconds = 1e-9 * rule.ns_per_element * work.elements_out
         elif runs:
             price = self.prices.node(_converted(execution, node, work), precision)
-            known, seconds = known and price is not None, price or 0.0
+            known, seconds = known and price is not None, execution.copies(node) * (price or 0.0)
         for size in execution.reorders(node):
             seconds += self.prices.node(_reorder("", size)) or 0.0
         tensors = self._stored(node)

@@ -29,6 +29,7 @@ REMOVED = ("Identity", "Dropout", "Constant")
 _CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
 _BYTES = (ir.DataType.UINT8, ir.DataType.INT8)
 _ARITHMETIC = ("Add", "Sub", "Mul", "Div", "Sum")
+_BINARY = ("Add", "Sub", "Mul", "Div", "Where", "Min", "Max")
 _DYNAMIC = ("MatMulInteger", "ConvInteger", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul")
 
 
@@ -138,6 +139,13 @@ class Execution:
     def reorders(self, node: ir.Node) -> list[int]:
         """Sizes of the maps that are reordered for a node."""
         return [math.prod(self._shape(value) or ()) for value in self.reordered.get(node, ())]
+
+    def copies(self, node: ir.Node) -> int:
+        """How many times a node runs: onnxruntime gives each float reader a DequantizeLinear of its own."""
+        if node.op_type != "DequantizeLinear" or is_constant(self.view, node.outputs[0]):
+            return 1
+        floats = sum(n not in self.integer for n, _ in self.view.consumers(node.outputs[0]))
+        return max(floats + int(self.view.is_output(node.outputs[0])), 1)
 
     def keeps_layout(self, node: ir.Node) -> bool:
         """Whether the float side of a conversion is a kernel with a layout of its own, not a mere move."""
@@ -290,6 +298,7 @@ class Execution:
         if node.op_type == "Gather":  # looks up integers in an integer table
             data = [v for v in node.inputs[:1] if v is not None]
         data = [v for v in data if v.dtype != ir.DataType.INT64]  # shapes and the like, whoever computes them
+        data += self._operands(node)
         fed = [self.view.producer(v) for v in data]
         if not fed or any(n is None or n.op_type != "DequantizeLinear" for n in fed):
             return False
@@ -307,6 +316,14 @@ class Execution:
             self._absorb(node, follower, rule)
         self.inside.update(dict.fromkeys(readers, node))
         return True
+
+    def _operands(self, node: ir.Node) -> list[ir.Value]:
+        """Constants that have to be integers, too: weights, and what is added or multiplied by the element."""
+        if node.op_type in ("Conv", "ConvTranspose", "MatMul", "Gemm"):
+            values = node.inputs[1:2]
+        else:
+            values = node.inputs if node.op_type in _BINARY else ()
+        return [v for v in values if v is not None and is_constant(self.view, v)]
 
     def _fuse_dynamic(self, node: ir.Node) -> None:
         """DynamicQuantizeLinear, MatMulInteger, Cast, Mul by the scales: one kernel in onnxruntime."""

@@ -4,10 +4,10 @@ A mixed-integer program, solved by HiGHS (``scipy.optimize.milp``). Sites are no
 value that lives as integers costs a QuantizeLinear where its producer is float and a
 DequantizeLinear where a reader is float, so regions of integer nodes pay and lone ones may not.
 
-    minimise    sum_sc cost_sc x_sc + sum_v (quantize_v a_v + dequantize_v b_v) - rate * bytes
+    minimise    sum_sc cost_sc x_sc + sum_v (quantize_v a_v + dequantize_v sum_r b_vr) - rate * bytes
     subject to  sum_c x_sc = 1                      one choice per site, "keep" among them unless it must change
                 a_v >= reads_vs - writes_v          some reader wants integers, producer is float
-                b_v >= writes_v - reads_vs          producer leaves integers, some reader is float
+                b_vr >= writes_v - reads_vr         producer leaves integers, reader r is float
                 x_sc <= writes_v                    where c wants v as integers from its producer only
                 u_t >= x_sc                         choice c causes distortion t
                 sum_t price_t u_t <= budget         each distortion counted once
@@ -71,15 +71,16 @@ class ValueCost:
 
     Attributes:
         quantize: seconds of a QuantizeLinear on it.
-        dequantize: seconds of a DequantizeLinear on it.
-        float_reader: someone outside all sites reads it as float (the model's output, a node no
-            pass offers a choice for).
+        dequantize: seconds of a DequantizeLinear on it. Each reader of floats pays one of its own: onnxruntime
+            duplicates them.
+        float_readers: how many outside all sites read it as float (the model's output, a node no pass
+            offers a choice for).
         readers: keys of the sites that read it.
     """
 
     quantize: float
     dequantize: float
-    float_reader: bool
+    float_readers: int
     readers: tuple[str, ...]
 
 
@@ -244,11 +245,12 @@ def _conversions(
             program.constraint([(quantize, 1.0), *written, *((c, -1.0) for c in columns)], 0.0, np.inf)
         if not written:
             continue
-        dequantize = program.variable(value.dequantize)
         minus = [(c, -1.0) for c, _ in written]
-        if value.float_reader:  # b >= writes
+        if value.float_readers:  # b >= writes
+            dequantize = program.variable(value.dequantize * value.float_readers)
             program.constraint([(dequantize, 1.0), *minus], 0.0, np.inf)
         for key in value.readers:  # b >= writes - reads
+            dequantize = program.variable(value.dequantize)
             program.constraint([(dequantize, 1.0), *minus, *((c, 1.0) for c in readers.get(key, ()))], 0.0, np.inf)
 
 
@@ -291,8 +293,8 @@ def _plan(
         readers = read_by.get(name, set())
         if name not in written and readers:
             after += cost.quantize
-        if name in written and (cost.float_reader or set(cost.readers) - readers):
-            after += cost.dequantize
+        if name in written:
+            after += cost.dequantize * (cost.float_readers + len(set(cost.readers) - readers))
     terms = {t for option in chosen.values() for t in option.choice.terms}
     return Plan(
         {key: option.choice for key, option in chosen.items()},

@@ -149,11 +149,11 @@ def _value_costs(
             continue
         shape = shapes.get(name, (1,))
         readers: list[str] = []
-        outside = view.is_output(value)
+        outside = int(view.is_output(value))
         for node, _ in view.consumers(value):
             key = site_of.get(str(node.name))
             if key is None:
-                outside = True
+                outside += 1
             elif key not in readers:
                 readers.append(key)
         costs[name] = ValueCost(

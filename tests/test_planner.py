@@ -114,9 +114,9 @@ def test_integers_from_the_producer_or_not_at_all() -> None:
     assert set(plan(questions, values).choices) == {"1"}
 
 
-def test_a_value_read_as_float_and_as_integers_is_converted_once() -> None:
-    """Two float readers of v0 share one DequantizeLinear, two integer readers of x one QuantizeLinear."""
-    questions = [Question(site(k), 10.0, (Option(choice(k, reads=["x"], writes=[f"v{k}"]), 5.0),)) for k in ("a", "b")]
+def test_each_float_reader_pays_a_conversion_and_integer_readers_share_one() -> None:
+    """Onnxruntime gives every float reader a DequantizeLinear of its own; two integer readers share x's QuantizeLinear."""
+    questions = [Question(site(k), 20.0, (Option(choice(k, reads=["x"], writes=[f"v{k}"]), 5.0),)) for k in ("a", "b")]
     questions.append(Question(site("c"), 10.0, ()))
     questions.append(Question(site("d"), 10.0, ()))
     values = {
@@ -126,7 +126,7 @@ def test_a_value_read_as_float_and_as_integers_is_converted_once() -> None:
     }
     found = plan(questions, values)
     assert set(found.choices) == {"a", "b"}
-    assert found.seconds == pytest.approx(5 + 5 + 10 + 10 + 3 + 3 + 3)
+    assert found.seconds == pytest.approx(5 + 5 + 10 + 10 + 3 + 2 * 3 + 2 * 3)
 
 
 def test_a_float_reader_outside_all_sites_costs_a_conversion() -> None:
@@ -293,8 +293,8 @@ def cost(problem: Problem, picks: Sequence[Option | None]) -> tuple[float, float
     for name, value in problem.values.items():
         if read.get(name) and name not in written:
             objective += value.quantize
-        if name in written and (value.float_reader or set(value.readers) - read.get(name, set())):
-            objective += value.dequantize
+        if name in written:
+            objective += value.dequantize * (value.float_readers + len(set(value.readers) - read.get(name, set())))
     for option in picks:
         if option is not None and not set(option.choice.native) <= written:
             return math.inf, 0.0
@@ -355,10 +355,10 @@ def test_who_reads_a_value_as_float() -> None:
     """Sin and the end of the model do, whatever is chosen; a convolution only if it stays float."""
     _, questions, values, _ = asked(NET, CONVOLUTIONS)
     assert [(q.site.key, q.site.nodes) for q in questions] == [("node", ("node", "node_1")), ("node_3", ("node_3",))]
-    assert {n: (v.float_reader, v.readers) for n, v in values.items()} == {
-        "x": (False, ("node",)),
-        "a": (True, ("node_3",)),
-        "y": (True, ()),
+    assert {n: (v.float_readers, v.readers) for n, v in values.items()} == {
+        "x": (0, ("node",)),
+        "a": (1, ("node_3",)),
+        "y": (1, ()),
     }
     assert all(v.quantize > 0 and v.dequantize > 0 for v in values.values())
 
@@ -367,8 +367,8 @@ def test_who_reads_a_value_as_float() -> None:
 def test_a_plan_costs_what_its_graph_costs(left_out: tuple[str, ...]) -> None:
     """Predicted from questions, and counted on the rewritten graph.
 
-    A little more is saved than foretold: beforehand every conversion of a map counts as changing
-    its layout, on the graph only those do that stand beside a convolution.
+    Not to the last nanosecond: beforehand every conversion of a map counts as changing its layout, on the graph only
+    those do that stand beside a convolution; and reorders of float maps that come or go are nobody's.
     """
     view, questions, values, cost = asked(NET, CONVOLUTIONS)
     only = [
@@ -387,7 +387,7 @@ def test_a_plan_costs_what_its_graph_costs(left_out: tuple[str, ...]) -> None:
     after = made(Quantize(), view.model, dict.fromkeys(found.choices, "static"), made_up)
     before, real = (cost.model(v, shapes_of(v)).seconds for v in (view, GraphView(after)))
     predicted = found.seconds_before - found.seconds - len(found.choices)
-    assert predicted <= before - real <= 1.15 * predicted
+    assert 0.9 * predicted <= before - real <= 1.15 * predicted
 
 
 def test_without_real_data_only_what_needs_none_is_offered() -> None:
