@@ -115,7 +115,7 @@ def test_integers_from_the_producer_or_not_at_all() -> None:
 
 
 def test_each_float_reader_pays_a_conversion_and_integer_readers_share_one() -> None:
-    """Onnxruntime gives every float reader a DequantizeLinear of its own; two integer readers share x's QuantizeLinear."""
+    """Every float reader has a DequantizeLinear of its own; two integer readers of x share one QuantizeLinear."""
     questions = [Question(site(k), 20.0, (Option(choice(k, reads=["x"], writes=[f"v{k}"]), 5.0),)) for k in ("a", "b")]
     questions.append(Question(site("c"), 10.0, ()))
     questions.append(Question(site("d"), 10.0, ()))
