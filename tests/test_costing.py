@@ -95,7 +95,7 @@ def test_seconds_of_generated_models_are_their_usage(name: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("form", ["f32", "wholly", "partly"])
-@pytest.mark.parametrize("name", ["mobile-small", "mobile-swish", "shuffled", "encoder-16", "signal"])
+@pytest.mark.parametrize("name", ["mobile-small", "mobile-swish", "shuffled", "signal"])
 def test_seconds_of_networks_are_their_usage(name: str, form: str) -> None:
     cost = check_usage(network(name, form), PRICED)
     precisions = {n.precision for n in cost.nodes}
@@ -365,7 +365,7 @@ def lived(view: GraphView, shapes: Shapes) -> int:
     )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(graphs())
 def test_peak_is_that_of_a_walk(case: tuple[str, str, str, dict[str, tuple[int, ...]]]) -> None:
     body, inputs, outputs, shapes = case
