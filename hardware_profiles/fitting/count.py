@@ -63,8 +63,8 @@ def overhead() -> Link:
 class Half(Link):
     """A float link in float16, for cores that compute in it."""
 
-    def build(self, count: int) -> onnx.ModelProto:
-        model = super().build(count)
+    def build(self, count: int, *, drawn: bool = True) -> onnx.ModelProto:
+        model = super().build(count, drawn=drawn)
         for value in (*model.graph.input, *model.graph.output):
             if value.type.tensor_type.elem_type == TensorProto.FLOAT:
                 value.type.tensor_type.elem_type = TensorProto.FLOAT16
