@@ -16,8 +16,9 @@ from typing import Literal, NamedTuple
 import onnx_ir as ir
 import zstandard
 
-from onnxcompress.execution import Execution, bodies, float_name, touches
+from onnxcompress.execution import Execution, float_name, touches
 from onnxcompress.liveness import peak_activation_bytes
+from onnxcompress.model import bodies
 from onnxcompress.profile import Kernel, Profile
 from onnxcompress.sizes import ZSTD_LEVEL
 from onnxcompress.view import GraphView

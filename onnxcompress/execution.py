@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from functools import cached_property
 
@@ -21,7 +21,7 @@ from onnxcompress.profile_tables import Fusion, Layout
 from onnxcompress.view import GraphView
 from onnxcompress.work import FAMILY, NodeWork, Shapes, is_constant, shape_of, work_of
 
-__all__ = ["REMOVED", "Execution", "bodies", "float_name", "touches"]
+__all__ = ["REMOVED", "Execution", "float_name", "touches"]
 
 REMOVED = ("Identity", "Dropout", "Constant")
 """Operators that are gone once a model is loaded."""
@@ -357,12 +357,3 @@ def float_name(op_type: str) -> str:
         if op_type.startswith(prefix) and len(op_type) > len(prefix):
             return op_type.removeprefix(prefix)
     return op_type.removesuffix("Integer")
-
-
-def bodies(node: ir.Node) -> Iterator[ir.Graph]:
-    """Graphs a node of control flow holds."""
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield attribute.as_graph()
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            yield from attribute.as_graphs()

@@ -7,7 +7,8 @@ from functools import cached_property
 
 import onnx_ir as ir
 
-from onnxcompress.execution import REMOVED, Execution, bodies
+from onnxcompress.execution import REMOVED, Execution
+from onnxcompress.model import bodies
 from onnxcompress.work import is_constant
 
 __all__ = ["peak_activation_bytes"]

@@ -36,6 +36,7 @@ __all__ = [
     "EXTERNAL_DATA_THRESHOLD",
     "Shape",
     "all_graphs",
+    "bodies",
     "canonicalize",
     "clone",
     "compute",
@@ -279,20 +280,21 @@ def _in_order(graph: ir.Graph) -> bool:
     """Whether every node comes after what makes its inputs, and those its subgraphs capture."""
     made: set[ir.Value] = set()
     for node in graph:
-        read = [v for inner in (node, *_nodes_within(node)) for v in inner.inputs if v is not None]
+        readers = (node, *(inner for body in bodies(node) for inner in body.all_nodes()))
+        read = [v for reader in readers for v in reader.inputs if v is not None]
         if any((maker := v.producer()) is not None and maker.graph is graph and v not in made for v in read):
             return False
         made.update(node.outputs)
     return True
 
 
-def _nodes_within(node: ir.Node) -> Iterator[ir.Node]:
+def bodies(node: ir.Node) -> Iterator[ir.Graph]:
+    """Graphs a node of control flow holds."""
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
-            yield from attribute.as_graph().all_nodes()
+            yield attribute.as_graph()
         elif attribute.type == ir.AttributeType.GRAPHS:
-            for graph in attribute.as_graphs():
-                yield from graph.all_nodes()
+            yield from attribute.as_graphs()
 
 
 def clone(model: ir.Model) -> ir.Model:

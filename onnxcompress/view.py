@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxcompress.errors import RewriteError, StaleViewError
-from onnxcompress.model import Shape, compute, inferred_types
+from onnxcompress.model import Shape, bodies, compute, inferred_types
 
 __all__ = ["QUANTIZED_OPS", "REVISION", "GraphView", "Use", "body_nodes"]
 
@@ -246,9 +246,5 @@ def _revision(model: ir.Model) -> int:
 
 def body_nodes(node: ir.Node) -> Iterator[ir.Node]:
     """Every node inside the subgraphs of a node."""
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield from attribute.as_graph().all_nodes()
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            for graph in attribute.as_graphs():
-                yield from graph.all_nodes()
+    for body in bodies(node):
+        yield from body.all_nodes()
