@@ -35,6 +35,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "registry cost planner instructions",
         "sensitivity trial measurements emulation alternatives regions suitability",
         "fitting fitting.links fitting.nets fitting.samples fitting.structure fitting.kit_run",
+        "fitting.catalogue",
         "fitting.measuring",
         "fitting.own fitting.kit fitting.equations",
         "fitting.regression",

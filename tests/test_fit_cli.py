@@ -17,8 +17,9 @@ import pytest
 from onnxcompress.cli import main
 from onnxcompress.errors import MeasurementError, OutputError
 from onnxcompress.fitting import machine, making, own
+from onnxcompress.fitting.catalogue import links
 from onnxcompress.fitting.kit import emit
-from onnxcompress.fitting.links import Link, links
+from onnxcompress.fitting.links import Link
 from onnxcompress.fitting.nets import CHECKED, FITTED
 from onnxcompress.fitting.samples import VERSION, LinkTime, Measurements, NetTime, NodeTime
 from onnxcompress.profile import load_profile

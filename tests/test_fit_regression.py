@@ -13,8 +13,9 @@ from prices import CACHES, priced
 
 from onnxcompress.cost import CostModel, NodeWork, Use, quantities
 from onnxcompress.execution import Execution
+from onnxcompress.fitting.catalogue import links
 from onnxcompress.fitting.equations import Row, seen
-from onnxcompress.fitting.links import Link, links
+from onnxcompress.fitting.links import Link
 from onnxcompress.fitting.measuring import LONG, SHORT, feeds, forms
 from onnxcompress.fitting.nets import CHECKED, FITTED, Net
 from onnxcompress.fitting.regression import Fitted, Solution, fit, rebuilt, solve

@@ -1,4 +1,4 @@
-"""Instructions by class that the Arm build of onnxruntime executes for every link of :mod:`onnxcompress.fitting.links`.
+"""Instructions by class that the Arm build of onnxruntime executes for every link of :mod:`onnxcompress.fitting.catalogue`.
 
     python hardware_profiles/fitting/count.py cortex-a53 counts.csv
 
@@ -26,7 +26,8 @@ from onnx import TensorProto, numpy_helper
 
 from onnxcompress.emulation import Emulator, Executed, Job
 from onnxcompress.errors import EmulatorError
-from onnxcompress.fitting.links import Link, links, unary
+from onnxcompress.fitting.catalogue import links
+from onnxcompress.fitting.links import Link, unary
 from onnxcompress.fitting.measuring import NotFusedError, check_fused, feeds
 from onnxcompress.instructions import CLASSES
 from onnxcompress.profile import Profile, load_profile

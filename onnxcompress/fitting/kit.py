@@ -30,7 +30,8 @@ from onnx import helper, numpy_helper
 
 from onnxcompress.errors import OutputError
 from onnxcompress.fitting import kit_run, machine
-from onnxcompress.fitting.links import Link, links, unary
+from onnxcompress.fitting.catalogue import links
+from onnxcompress.fitting.links import Link, unary
 from onnxcompress.fitting.measuring import LONG, SHORT, feeds, forms
 from onnxcompress.fitting.nets import CHECKED, FITTED, Net
 from onnxcompress.fitting.samples import VERSION

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onnxcompress.errors import MeasurementError
-from onnxcompress.fitting.links import links
+from onnxcompress.fitting.catalogue import links
 from onnxcompress.fitting.nets import CHECKED
 from onnxcompress.fitting.own import scatter, spread, write_new
 from onnxcompress.fitting.regression import fit

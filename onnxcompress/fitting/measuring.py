@@ -23,7 +23,8 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto
 
-from onnxcompress.fitting.links import Link, links, unary
+from onnxcompress.fitting.catalogue import links
+from onnxcompress.fitting.links import Link, unary
 from onnxcompress.fitting.nets import CHECKED, FITTED, PARTLY, WHOLLY, Net, quantized
 from onnxcompress.fitting.samples import LinkTime, Measurements, NetTime, NodeTime
 

@@ -21,8 +21,8 @@ import numpy.typing as npt
 import scipy.optimize
 
 from onnxcompress.cost import CostModel, quantities
+from onnxcompress.fitting.catalogue import links
 from onnxcompress.fitting.equations import Row, link_row, net_rows, seen
-from onnxcompress.fitting.links import links
 from onnxcompress.fitting.measuring import forms
 from onnxcompress.fitting.nets import CHECKED, FITTED
 from onnxcompress.fitting.samples import Measurements, NetTime

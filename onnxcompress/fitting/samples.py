@@ -1,6 +1,6 @@
 """What was measured on a device, as numbers that can be carried to where a profile is fitted.
 
-Samples name what they are of (:mod:`onnxcompress.fitting.links`, :mod:`onnxcompress.fitting.nets`); how much work
+Samples name what they are of (:mod:`onnxcompress.fitting.catalogue`, :mod:`onnxcompress.fitting.nets`); how much work
 that is follows from the name, so a file of them is small and fits of tomorrow can use measurements of today.
 """
 
