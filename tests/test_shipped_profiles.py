@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import math
 import statistics
@@ -15,6 +16,9 @@ from hypothesis import strategies as st
 from models import normal, text
 
 from onnxcompress.cost import CostModel, ModelCost, work_of
+from onnxcompress.fitting.catalogue import links
+from onnxcompress.fitting.nets import CHECKED, FITTED
+from onnxcompress.fitting.samples import Measurements
 from onnxcompress.profile import PRECISIONS, Kernel, Profile, load_profile
 from onnxcompress.view import GraphView
 from onnxcompress.work import NodeWork
@@ -343,3 +347,15 @@ def test_networks_are_the_ones_that_were_published(name: str, macs: float, param
     nodes = nets.NETS[name]()
     assert sum(n.macs for n in nodes) / 1e6 == pytest.approx(macs, rel=0.02)
     assert sum(n.params for n in nodes) / 1e6 == pytest.approx(params, rel=0.08)
+
+
+def test_what_the_host_was_fitted_to_is_still_what_is_measured() -> None:
+    """A link whose name or meaning changes makes the measurements that are kept worthless, silently."""
+    kept = Path(__file__).parents[1] / "hardware_profiles" / "fitting" / "measured" / "host-x86-vnni.json.gz"
+    if not kept.exists():
+        pytest.skip("installed without its measurements")
+    results = Measurements.from_json(gzip.decompress(kept.read_bytes()).decode())
+    names = {link.name for link in links()}
+    assert {t.name for t in results.links} | set(results.left_out) == names
+    nets = {f"{net.name} {form}" for net in (*FITTED, *CHECKED) for form in ("f32", "wholly", "partly")}
+    assert {t.name for t in results.nets} == nets

@@ -1,4 +1,4 @@
-"""Instructions by class that the Arm build of onnxruntime executes for every link of :mod:`onnxcompress.fitting.catalogue`.
+"""Instructions by class that the Arm build of onnxruntime executes for all of :mod:`onnxcompress.fitting.catalogue`.
 
     python hardware_profiles/fitting/count.py cortex-a53 counts.csv
 
