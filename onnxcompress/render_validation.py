@@ -38,6 +38,9 @@ def validation(found: Validation, *, every_row: bool = False) -> RenderableType:
         notes.append(f"{plural(found.other_cores, 'row')} of other cores left out")
     if found.ignored_columns:
         notes.append(f"columns not used: {', '.join(found.ignored_columns)}")
+    if found.guessed_shapes:
+        names = ", ".join(found.guessed_shapes[:3]) + (", ..." if len(found.guessed_shapes) > 3 else "")
+        notes.append(f"inputs of open extent and no column shapes, so made-up sizes were predicted: {names}")
     return Group(
         Text(f"{found.profile} against {found.against}: {plural(found.n, 'row')}", style="bold"),
         Text(f"mean error {_share(found.mape)} after one scalar a device, {_share(found.mape_raw)} without"),

@@ -20,6 +20,7 @@ from onnxcompress.errors import MeasurementError, OnnxCompressError
 from onnxcompress.inspection import inspect
 from onnxcompress.instructions import instructions_of, seconds
 from onnxcompress.measurements import Measurement, Measurements, read_measurements
+from onnxcompress.model import load
 from onnxcompress.profile import Profile
 
 __all__ = ["DeviceError", "RowError", "Validation", "best_scalar", "validate"]
@@ -90,6 +91,7 @@ class Validation:
         rows: in the order of the file.
         other_cores: rows left out because they name another core.
         ignored_columns: columns that were not used.
+        guessed_shapes: models with inputs of open extent and no shapes in the file; made-up ones were taken.
     """
 
     profile: str
@@ -102,6 +104,7 @@ class Validation:
     rows: tuple[RowError, ...]
     other_cores: int = 0
     ignored_columns: tuple[str, ...] = ()
+    guessed_shapes: tuple[str, ...] = ()
 
 
 def validate(profile: Profile, against: Path) -> Validation:
@@ -146,6 +149,7 @@ def validate(profile: Profile, against: Path) -> Validation:
         rows=errors,
         other_cores=len(found.rows) - len(rows),
         ignored_columns=found.ignored,
+        guessed_shapes=() if found.instructions else tuple(r.model for r in rows if _guessed(r, against)),
     )
 
 
@@ -199,6 +203,13 @@ def _by_nodes(profile: Profile, row: Measurement, against: Path) -> float:
     if predicted <= 0:
         raise MeasurementError(f"{row.model} has no node that costs anything", path=against, line=row.line)
     return predicted
+
+
+def _guessed(row: Measurement, against: Path) -> bool:
+    """Whether a model has inputs of open extent that the file says nothing about."""
+    inputs = load(against.parent / row.model).graph.inputs  # an absolute path stays what it is
+    open_ended = (v.name for v in inputs if v.shape is None or not all(isinstance(d, int) for d in v.shape))
+    return any(name not in row.shapes for name in open_ended)
 
 
 def _mean(errors: Sequence[RowError], *, raw: bool = False) -> float:

@@ -244,3 +244,12 @@ def test_the_former_name_of_the_group_still_lists(capsys: pytest.CaptureFixture[
     assert main(["profile", "list"]) == 0
     assert former == capsys.readouterr().out
     assert CORE.name in former
+
+
+def test_shapes_that_had_to_be_made_up_are_told(tmp_path: Path) -> None:
+    model = text("agraph (float[n, 8] x) => (float[n, 8] y) { y = Relu(x) }")
+    models.save(model, tmp_path / "open.onnx")
+    table = tmp_path / "models.csv"
+    for more, guessed in (("", ("open.onnx",)), ("x=4x8", ())):
+        table.write_text(f"model,measured_ms,shapes\nopen.onnx,0.01,{more}\n")
+        assert validate(load_profile("host-x86-vnni"), table).guessed_shapes == guessed
