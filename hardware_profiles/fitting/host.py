@@ -29,7 +29,7 @@ ISA = ("avx2", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx_vnni")
 NOTES = """
 A virtual machine: the nominal clock is the time stamp counter's, the boost clock is unknown. Its speed drifts by
 up to 8 % from hour to hour, and whole models were timed on another day's state of it as well as on this one's.
-held_out_error is of networks made up for this. On 31 forms of 11 real models (float, quantized by onnxruntime, and by
+held_out_error is of networks made up for this. On 32 forms of 11 real models (float, quantized by onnxruntime, and by
 onnxcompress; benchmarks.cost) the error is 7 % (median) and 10 % (mean). No coefficient was fitted to those
 models, but which links and networks are measured, and what the cost model tells apart, was extended after seeing
 where it was off on them. Known to be too short: models that spend their time in Loops (a body counts once), and
