@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import onnx_ir as ir
@@ -246,29 +247,34 @@ class CostModel:
             work.kind, precision, op_type=float_name(work.op_type), maps=work.maps, blocked=work.blocked
         )
 
-    def _levels(self) -> Iterator[tuple[int, float, float]]:
+    @cached_property
+    def _levels(self) -> tuple[tuple[int, float, float], ...]:
         """Of each level its bytes, and what a byte of activations and of weights costs that it does not hold."""
-        for cache in self.profile.caches:  # of a cache that cores share, others use half
-            yield cache.bytes // (2 if cache.shared else 1), cache.ns_per_byte, cache.ns_per_weight_byte
+        found = [  # of a cache that cores share, others use half
+            (cache.bytes // (2 if cache.shared else 1), cache.ns_per_byte, cache.ns_per_weight_byte)
+            for cache in self.profile.caches
+        ]
         if self.profile.memory is not None:
-            yield self.profile.memory.cache_bytes, 0.0, self.profile.memory.ns_per_byte
+            found.append((self.profile.memory.cache_bytes, 0.0, self.profile.memory.ns_per_byte))
+        return tuple(found)
 
     def _missed(self, work: NodeWork, precision: str) -> tuple[Missed, ...]:
         weights = work.weights * bytes_per_weight(precision)
         activations = work.elements * bytes_per_activation(precision)
         found = []
-        for (size, *_), gone in zip(self._levels(), self.gone(), strict=True):
+        for (size, *_), gone in zip(self._levels, self.gone, strict=True):
             spilt = min(max(2 * (activations + weights) / max(size, 1) - 1, 0.0), 1.0)
             found.append(Missed(activations * spilt, weights * gone))
         return tuple(found)
 
+    @cached_property
     def gone(self) -> tuple[float, ...]:
         """Share of the weights each level of the cache has lost since the last run, nearest first, memory's at last."""
         # Weights are read in turn, so a cache that keeps the latest soon keeps none of the next run's.
-        return tuple(min(max((self.traffic_bytes - size) / max(size, 1), 0.0), 1.0) for size, *_ in self._levels())
+        return tuple(min(max((self.traffic_bytes - size) / max(size, 1), 0.0), 1.0) for size, *_ in self._levels)
 
     def _price_of_misses(self, missed: Iterable[Missed]) -> float:
-        levels = zip(missed, self._levels(), strict=True)
+        levels = zip(missed, self._levels, strict=True)
         return sum(m.activations * a + m.weights * w for m, (_, a, w) in levels)
 
 
@@ -352,7 +358,7 @@ class Costing:
         other.shapes = {**self.shapes, **changes}
         other._execution = self._execution.reshaped(changes)
         other.prices = self.prices._settled(other._execution)
-        kept = other._execution.inside is self._execution.inside and other.prices.gone() == self.prices.gone()
+        kept = other._execution.inside is self._execution.inside and other.prices.gone == self.prices.gone
         rows = self._rows.items() if kept else ()
         other._rows = {node: row for node, row in rows if not touches(node, changes)}
         return other

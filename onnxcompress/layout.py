@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from onnxcompress.profile_tables import Layout
 from onnxcompress.view import GraphView
-from onnxcompress.work import FAMILY, is_constant
+from onnxcompress.work import FAMILY, is_constant, text_of
 
 __all__ = ["Layouts", "Reorder"]
 
@@ -145,9 +145,9 @@ class Layouts:
         if before is None or before[1] != out[1] or any(b < 1 or o % b for b, o in zip(before, out, strict=True)):
             return False
         old = node.op_type == "Upsample" or self.view.opset < 11
-        how = _text(node, "coordinate_transformation_mode", "asymmetric" if old else "half_pixel")
-        rounds = _text(node, "nearest_mode", "floor" if old else "round_prefer_floor")
-        mode = _text(node, "mode", "nearest")
+        how = text_of(node, "coordinate_transformation_mode", "asymmetric" if old else "half_pixel")
+        rounds = text_of(node, "nearest_mode", "floor" if old else "round_prefer_floor")
+        mode = text_of(node, "mode", "nearest")
         if mode == "nearest":
             return how == "asymmetric" and rounds == "floor"
         return mode == "linear" and how in ("asymmetric", "half_pixel", "align_corners")
@@ -171,8 +171,3 @@ class Layouts:
             self.plain.add(node)
             return []  # reads the plain layout, makes the blocked one
         return [data] if inner % self.layout.align == 0 else None
-
-
-def _text(node: ir.Node, name: str, default: str) -> str:
-    attribute = node.attributes.get(name)
-    return default if attribute is None else attribute.as_string()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # profiles need the kinds, and not onnx-ir, which takes half 
 
     from onnxcompress.view import GraphView
 
-__all__ = ["FAMILY", "KINDS", "NodeWork", "Shapes", "is_constant", "kinds_of", "shape_of", "work_of"]
+__all__ = ["FAMILY", "KINDS", "NodeWork", "Shapes", "is_constant", "kinds_of", "shape_of", "text_of", "work_of"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Concrete shapes by value name, as seen in a run."""
@@ -194,7 +194,7 @@ def work_of(view: GraphView, node: ir.Node, shapes: Shapes) -> NodeWork:
     if kind == "dequantize" and constants:  # of a weight: all of it is read and written like an activation
         rows = pieces(node, [look.shape(v) for v in inputs], outputs, kind, look.integers)[0]
         return replace(common, elements_in=common.elements_out).work(kind, segments=rows)
-    if op in ("Resize", "Upsample") and _text(node, "mode", "nearest") != "nearest":
+    if op in ("Resize", "Upsample") and text_of(node, "mode", "nearest") != "nearest":
         kind = "resize_linear"
     channels = first[1] if kind == "pool" and first is not None and len(first) > 1 else 0
     segments, nhwc = pieces(node, [look.shape(v) for v in inputs], outputs, kind, look.integers)
@@ -404,7 +404,8 @@ def _flag(node: ir.Node, name: str) -> int:
     return 0 if attribute is None else attribute.as_int()
 
 
-def _text(node: ir.Node, name: str, default: str) -> str:
+def text_of(node: ir.Node, name: str, default: str) -> str:
+    """A string attribute of a node."""
     attribute = node.attributes.get(name)
     return default if attribute is None else attribute.as_string()
 

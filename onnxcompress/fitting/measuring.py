@@ -28,7 +28,7 @@ from onnxcompress.fitting.links import Link, unary
 from onnxcompress.fitting.nets import CHECKED, FITTED, PARTLY, WHOLLY, Net, quantized
 from onnxcompress.fitting.samples import LinkTime, Measurements, NetTime, NodeTime
 
-__all__ = ["LONG", "SHORT", "NotFusedError", "check_fused", "feeds", "forms", "measure"]
+__all__ = ["FORMS", "LONG", "SHORT", "NotFusedError", "check_fused", "feeds", "forms", "measure"]
 
 SHORT, LONG = 2, 10
 Array = npt.NDArray[Any]
@@ -183,6 +183,10 @@ def overheads(budget: float = 0.3) -> tuple[float, float]:
     return max(watch.seconds() - per_node, 0.0), max(per_node, 0.0)
 
 
+FORMS = ("f32", "wholly", "partly")
+"""Names of what :func:`forms` makes."""
+
+
 def forms(net: Net) -> dict[str, onnx.ModelProto]:
     """A network as it is measured: float, with all it can have as integers, and with only its products so."""
     model = net.build()
@@ -286,7 +290,7 @@ def measure(
             keep((link.name, left_out[link.name]))
     for done, net in enumerate(wanted, len(chosen)):
         progress(net.name, done, total)
-        names = [f"{net.name} {form}" for form in ("f32", "wholly", "partly")]
+        names = [f"{net.name} {form}" for form in FORMS]
         earlier_nets = [known[n] for n in names if isinstance(known.get(n), NetTime)]
         if len(earlier_nets) == len(names):
             whole += [n for n in earlier_nets if isinstance(n, NetTime)]

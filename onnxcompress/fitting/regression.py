@@ -12,19 +12,20 @@ from __future__ import annotations
 
 import datetime
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import scipy.optimize
 
 from onnxcompress.cost import CostModel, quantities
 from onnxcompress.fitting.catalogue import links
 from onnxcompress.fitting.equations import Row, link_row, net_rows, seen
-from onnxcompress.fitting.measuring import forms
-from onnxcompress.fitting.nets import CHECKED, FITTED
+from onnxcompress.fitting.measuring import FORMS, forms
+from onnxcompress.fitting.nets import CHECKED, FITTED, Net
 from onnxcompress.fitting.samples import Measurements, NetTime
 from onnxcompress.fitting.structure import CAREFUL, STANDS_FOR, structure
 from onnxcompress.profile_schema import Profile
@@ -83,7 +84,7 @@ def solve(rows: Sequence[Row], profile: Profile, per_node: float) -> Solution:
     predicted = matrix @ found + per_node * _dispatched(rows)
     errors, points = _errors(rows, columns, matrix, found, np.abs(predicted / seconds - 1))
     values = dict(zip(columns, found, strict=True))
-    levels = len(profile.caches_) + (profile.memory_ is not None)
+    levels = len(profile.caches_)
     return Solution(
         kernels={k: (kernels[k], {t: values[k, t] for t in _TERMS if (k, t) in values}) for k in kernels
                  if k in points},
@@ -229,14 +230,10 @@ def rebuilt(profile: Profile, solution: Solution, per_run: float, per_node: floa
         prices = {f"ns_{'fixed' if t == 'fixed' else f'per_{t}'}": _ns(v) for t, v in terms.items()}
         error = round(solution.errors[key], 3) if solution.points[key] else None
         kernels.append(kernel.model_copy(update={**prices, "fit_error": error}))
-    missed = list(solution.missed)
     caches = [
         cache.model_copy(update={"ns_per_byte": _ns(a), "ns_per_weight_byte": _ns(w)})
-        for cache, (a, w) in zip(profile.caches_, missed, strict=False)
+        for cache, (a, w) in zip(profile.caches_, solution.missed, strict=True)
     ]
-    memory = profile.memory_
-    if memory is not None:
-        memory = memory.model_copy(update={"ns_per_byte": _ns(missed[-1][1])})
     fusions = []
     for fusion in profile.fusions_:
         for op in fusion.absorbs:
@@ -245,7 +242,7 @@ def rebuilt(profile: Profile, solution: Solution, per_run: float, per_node: floa
     overhead = profile.overhead_.model_copy(update={"ns_per_run": _ns(per_run), "ns_per_node": _ns(per_node)})
     tables: dict[str, Any] = {name: getattr(profile, name) for name in type(profile).model_fields}
     tables |= {
-        "kernels_": tuple(kernels), "caches_": tuple(caches), "memory_": memory, "fusions_": tuple(fusions),
+        "kernels_": tuple(kernels), "caches_": tuple(caches), "fusions_": tuple(fusions),
         "overhead_": overhead,
     }  # fmt: skip
     # Made anew and not copied, for a copy would take over what the other has looked up already.
@@ -343,11 +340,8 @@ def fit(
         progress(time.name, done, len(times))
         rows.append(link_row(chosen[time.name], time.seconds, shell))
     by_name = {time.name: time for time in measurements.nets}
-    for net in FITTED:
-        models = forms(net) if any(f"{net.name} {f}" in by_name for f in ("f32", "wholly", "partly")) else {}
-        for form, model in models.items():
-            if (found := by_name.get(f"{net.name} {form}")) is not None:
-                rows += net_rows(model, net.feed(), found, shell)
+    for model, feed, found in _timed(FITTED, by_name):
+        rows += net_rows(model, feed, found, shell)
     solution = solve(rows, shell, measurements.per_node)
     priced = rebuilt(shell, solution, measurements.per_run, measurements.per_node)
     checked = tuple(_checked(priced, by_name))
@@ -363,15 +357,20 @@ def _caches(machine: Mapping[str, Any]) -> list[Cache]:
     return found[-2:] if len(found) > 2 else found[1:]
 
 
-def _checked(profile: Profile, times: Mapping[str, NetTime]) -> Sequence[Checked]:
-    found = []
-    for net in CHECKED:
-        models = forms(net) if any(f"{net.name} {f}" in times for f in ("f32", "wholly", "partly")) else {}
-        for form, model in models.items():
-            if (time := times.get(f"{net.name} {form}")) is not None:
-                cost = CostModel(profile).model(*seen(model, net.feed()))
-                found.append(Checked(time.name, time.seconds, cost.seconds))
-    return found
+def _timed(
+    nets: Sequence[Net], times: Mapping[str, NetTime]
+) -> Iterator[tuple[onnx.ModelProto, dict[str, Any], NetTime]]:
+    """Forms of networks that were measured, with an input and the time; others are not built."""
+    for net in nets:
+        if any(f"{net.name} {form}" in times for form in FORMS):
+            for form, model in forms(net).items():
+                if (time := times.get(f"{net.name} {form}")) is not None:
+                    yield model, net.feed(), time
+
+
+def _checked(profile: Profile, times: Mapping[str, NetTime]) -> Iterator[Checked]:
+    for model, feed, time in _timed(CHECKED, times):
+        yield Checked(time.name, time.seconds, CostModel(profile).model(*seen(model, feed)).seconds)
 
 
 def _complete(
