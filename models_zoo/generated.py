@@ -1,19 +1,14 @@
 """Models built from a seed: the same bytes on every machine.
 
-Weights come from the raw output of PCG64, which numpy keeps stable, through additions and
-multiplications only, so no library's ``log`` or ``cos`` can change a bit. A tensor's stream
-is seeded by its name: adding a layer leaves the weights of the others as they were.
-
 The CNN and the transformer are built with onnx-graphsurgeon; LSTM and If with
 ``onnx.helper``; the external-data model is written tensor by tensor, in memory that does not
-grow with its size.
+grow with its size. What they share is in ``building``.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,35 +16,12 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from onnxcompress.errors import ZooError
+from onnxcompress.models_zoo.building import OPSET, SEED, Array, normal, stamp, to_model, to_tensor
 
 __all__ = ["build", "write_external_model"]
-
-OPSET = 17
-IR_VERSION = 8
-SEED = 20
-_FIELDS = np.uint64(0x0000FFFF0000FFFF)
-
-Array = NDArray[np.float32]
-
-
-def normal(name: str, shape: tuple[int, ...], std: float, seed: int = SEED) -> Array:
-    """Bell-shaped values of the given standard deviation, cut at 3.46 of it.
-
-    The sum of four uniform values (Irwin-Hall): close to a normal distribution, and exact
-    arithmetic everywhere.
-    """
-    bits = np.random.PCG64([seed, zlib.crc32(name.encode())])
-    raw = np.asarray(bits.random_raw(math.prod(shape)), dtype=np.uint64)
-    # The four 16-bit fields of each word, added two and two in place.
-    pairs = (raw & _FIELDS) + (raw >> np.uint64(16) & _FIELDS)
-    total = (pairs + (pairs >> np.uint64(32)) & np.uint64(0xFFFFFFFF)).astype(np.float32)
-    # A field has mean 65535/2 and variance (65536^2 - 1)/12; sums below 2^24 are exact.
-    scale = np.float32(std / math.sqrt((65536**2 - 1) / 3))
-    values: Array = (total - np.float32(2 * 65535)) * scale
-    return values.reshape(shape)
 
 
 def build(name: str, path: Path) -> None:
@@ -67,9 +39,7 @@ def build(name: str, path: Path) -> None:
 
 
 def _write(model: onnx.ModelProto, path: Path) -> None:
-    model.ir_version = IR_VERSION
-    model.producer_name = "onnxcompress.models_zoo"
-    model.producer_version = ""
+    stamp(model).producer_version = ""
     onnx.checker.check_model(model, full_check=True)
     path.write_bytes(model.SerializeToString(deterministic=True))
 
@@ -213,23 +183,15 @@ def _transformer(width: int = 128, heads: int = 4, layers: int = 2) -> onnx.Mode
     return net.finish(x, "scores", ["batch", "sequence", 64])
 
 
-def _tensor(name: str, value: NDArray[np.generic]) -> TensorProto:
-    return numpy_helper.from_array(value, name)
-
-
-def _model(graph: onnx.GraphProto) -> onnx.ModelProto:
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)])
-
-
 def _lstm(width: int = 24, hidden: int = 64) -> onnx.ModelProto:
     std = 1 / math.sqrt(hidden)
     weights = [
-        _tensor("W", normal("lstm.W", (2, 4 * hidden, width), std)),
-        _tensor("R", normal("lstm.R", (2, 4 * hidden, hidden), std)),
-        _tensor("B", normal("lstm.B", (2, 8 * hidden), 0.1)),
-        _tensor("head.weight", normal("lstm.head", (2 * hidden, 16), 6 * std)),
-        _tensor("head.bias", normal("lstm.head.bias", (16,), 0.1)),
-        _tensor("joined", np.array([0, 0, 2 * hidden], np.int64)),
+        to_tensor("W", normal("lstm.W", (2, 4 * hidden, width), std)),
+        to_tensor("R", normal("lstm.R", (2, 4 * hidden, hidden), std)),
+        to_tensor("B", normal("lstm.B", (2, 8 * hidden), 0.1)),
+        to_tensor("head.weight", normal("lstm.head", (2 * hidden, 16), 6 * std)),
+        to_tensor("head.bias", normal("lstm.head.bias", (16,), 0.1)),
+        to_tensor("joined", np.array([0, 0, 2 * hidden], np.int64)),
     ]
     nodes = [
         helper.make_node("Transpose", ["sequence"], ["by_step"], "by_step", perm=[1, 0, 2]),
@@ -255,7 +217,7 @@ def _lstm(width: int = 24, hidden: int = 64) -> onnx.ModelProto:
         [helper.make_tensor_value_info("scores", TensorProto.FLOAT, [*dims, 16])],
         weights,
     )
-    return _model(graph)
+    return to_model(graph)
 
 
 def _if(width: int = 32, hidden: int = 128) -> onnx.ModelProto:
@@ -271,7 +233,7 @@ def _if(width: int = 32, hidden: int = 128) -> onnx.ModelProto:
             helper.make_node("MatMul", [f"{name}.fitted", "shared.weight"], [f"{name}.y"], f"{name}_shared"),
         ]
         value = helper.make_tensor_value_info(f"{name}.y", TensorProto.FLOAT, ["batch", 16])
-        weights = [_tensor(f"{name}.weight", first), _tensor(f"{name}.fit", fit)]
+        weights = [to_tensor(f"{name}.weight", first), to_tensor(f"{name}.fit", fit)]
         return helper.make_graph(nodes, name, [], [value], weights)
 
     node = helper.make_node(
@@ -290,9 +252,9 @@ def _if(width: int = 32, hidden: int = 128) -> onnx.ModelProto:
             helper.make_tensor_value_info("wide", TensorProto.BOOL, []),
         ],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 16])],
-        [_tensor("shared.weight", normal("if.shared", (hidden, 16), 1 / math.sqrt(hidden)))],
+        [to_tensor("shared.weight", normal("if.shared", (hidden, 16), 1 / math.sqrt(hidden)))],
     )
-    return _model(graph)
+    return to_model(graph)
 
 
 _BUILDERS: dict[str, Callable[[], onnx.ModelProto]] = {
@@ -350,7 +312,7 @@ def write_external_model(path: str | os.PathLike[str], size: int, *, width: int 
             ):
                 weight.external_data.add(key=key, value=value)
             bias = normal(f"layer{i}.bias", (width,), 0.1, seed)
-            graph.initializer.extend([weight, _tensor(f"layer{i}.bias", bias)])
+            graph.initializer.extend([weight, to_tensor(f"layer{i}.bias", bias)])
             out = "y" if i == layers - 1 else f"layer{i}.out"
             graph.node.extend(
                 [
@@ -367,13 +329,10 @@ def write_external_model(path: str | os.PathLike[str], size: int, *, width: int 
                 ]
             )
             last = out
-    graph.initializer.append(_tensor("step", np.array(1 / layers, np.float32)))
+    graph.initializer.append(to_tensor("step", np.array(1 / layers, np.float32)))
     for values, name in ((graph.input, "x"), (graph.output, "y")):
         values.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", width]))
-    model = _model(graph)
-    model.ir_version = IR_VERSION
-    model.producer_name = "onnxcompress.models_zoo"
-    path.write_bytes(model.SerializeToString(deterministic=True))
+    path.write_bytes(to_model(graph).SerializeToString(deterministic=True))
     return path
 
 
