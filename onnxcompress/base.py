@@ -128,6 +128,8 @@ class Choice:
             own there would be worse than nothing.
         writes: values it leaves as integers; the planner pays for each float consumer.
         adds: float operators it inserts: (operator type, name of the value it runs on).
+        removes: names of nodes of the site that go; what they take now is its gain. Sites at these nodes cannot
+            be changed at the same time.
         bytes_saved: weight bytes it takes off the file.
         terms: the distortions it causes, for passes that can :meth:`Pass.simulate` them.
         detail: the pass's own settings for the choice (``Rank(32)``); any hashable value.
@@ -144,6 +146,7 @@ class Choice:
     native: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     adds: tuple[tuple[str, str], ...] = ()
+    removes: tuple[str, ...] = ()
     bytes_saved: int = 0
     terms: tuple[Term, ...] = ()
     detail: Hashable = None

@@ -9,6 +9,7 @@ DequantizeLinear where a reader is float, so regions of integer nodes pay and lo
                 a_v >= reads_vs - writes_v          some reader wants integers, producer is float
                 b_vr >= writes_v - reads_vr         producer leaves integers, reader r is float
                 x_sc <= writes_v                    where c wants v as integers from its producer only
+                x_sc + x_td <= 1                    where c removes the node that site t is about
                 u_t >= x_sc                         choice c causes distortion t
                 sum_t price_t u_t <= budget         each distortion counted once
 
@@ -220,6 +221,7 @@ def solve(
             for value in choice.writes:
                 writes.setdefault(value, []).append(column)
         program.constraint([(c, 1.0) for c in columns], 1.0, 1.0)
+    _removals(program, picks)
     _conversions(program, values, reads, writes)
     for column, value in native:  # x <= writes
         program.constraint([(column, -1.0), *((c, 1.0) for c in writes.get(value, ()))], 0.0, np.inf)
@@ -229,6 +231,18 @@ def solve(
         return None
     chosen = [(question, option) for column, question, option in picks if option is not None and x[column] > 0.5]
     return _plan(questions, values, prices, {q.site.key: o for q, o in chosen})
+
+
+def _removals(program: _Program, picks: Sequence[tuple[int, Question, Option | None]]) -> None:
+    """What a choice removes, no other changes."""
+    columns: dict[str, list[int]] = {}
+    for column, question, option in picks:
+        if option is not None:
+            columns.setdefault(question.site.key, []).append(column)
+    for column, question, option in picks:
+        for name in () if option is None else option.choice.removes:
+            for other in columns.get(name, ()) if name != question.site.key else ():
+                program.constraint([(column, 1.0), (other, 1.0)], -np.inf, 1.0)
 
 
 def _conversions(

@@ -106,7 +106,8 @@ def ask(
                 missing[site.key] = f"the profile has no {choice.precision} kernel for this {node.op_type}"
             else:
                 extra = sum(_elementwise(op, shapes.get(name, ()), here) for op, name in choice.adds)
-                options.append(Option(choice, after + extra))
+                gone = sum(now.get(name, 0.0) for name in choice.removes)
+                options.append(Option(choice, after + extra - gone))
         if integers_only and any(o.choice.precision != Precision.FLOAT for o in options):
             questions.append(Question(site, seconds, _integer(options), must=True))
             continue
