@@ -19,6 +19,7 @@ from onnxcompress.view import GraphView, body_nodes
 
 __all__ = ["Block", "block_at", "exclusive"]
 
+_LAYERS = frozenset({"Attention", "Conv", "ConvTranspose", "Einsum", "GRU", "Gemm", "LSTM", "MatMul", "MultiHeadAttention"})
 _ENLARGING = frozenset({"ConvTranspose", "Expand", "MaxUnpool", "Resize", "Tile", "Upsample"})
 _MAPS = frozenset({"BatchNormalization", "Conv", "ConvTranspose", "GroupNormalization", "InstanceNormalization"})
 _ROWS = frozenset({"Attention", "Gemm", "LayerNormalization", "MatMul", "RMSNormalization"})
@@ -60,6 +61,8 @@ def block_at(add: ir.Node, view: GraphView) -> Block:
     gone = exclusive(branch, add)
     if not gone:
         raise Skip(f"the branch {branch.name!r} is read elsewhere, too")
+    if not any(n.op_type in _LAYERS for n in gone):
+        raise Skip("its branch is arithmetic only: no layer to remove")
     _same_shape(x, branch, add, gone, view)
     nodes = sorted(gone, key=order.__getitem__)
     shape = view.shape(branch)
