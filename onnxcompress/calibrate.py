@@ -7,7 +7,7 @@ therefore the histogram one would have built knowing the final range, in whateve
 came. Minimum and maximum are over all elements; counts over a strided subsample whose stride has no
 common factor with the tensor's size, so that no axis is favoured.
 
-**Moments.** Sums in float32 over blocks of at most 4096 terms, added up in float64.
+**Moments.** Sums in float32 over blocks, added up in float64: see :mod:`onnxcompress.moments`.
 
 **Threads.** onnxruntime runs a sample while threads of this module count the one before; samples are
 counted in order, and each accumulator by one thread at a time, so the result does not depend on timing.
@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +29,9 @@ import onnx_ir as ir
 from onnxcompress.data import Source
 from onnxcompress.errors import DataError, ModelRunError
 from onnxcompress.model import clone, inferred_types
+from onnxcompress.moments import ChannelAccumulator, GramAccumulator
 from onnxcompress.session import Runner, main_values
-from onnxcompress.statistics import ChannelMoments, Evidence, Histogram, Need, Statistic
+from onnxcompress.statistics import Evidence, Histogram, Need, Statistic
 
 __all__ = ["BINS", "ChannelAccumulator", "HistogramAccumulator", "calibrate", "value_shapes"]
 
@@ -41,8 +42,6 @@ Array = npt.NDArray[Any]
 BINS = 4096
 """Bins of a histogram; between half and all of them span the range seen."""
 
-_ROWS = 1024
-_COLUMNS = 4096
 _COUNTED = 1 << 19
 _LEAST_COUNTED = 2048
 _COUNTERS = 2
@@ -66,8 +65,8 @@ def calibrate(
     Args:
         model: the model; not changed.
         needs: statistics wanted. Values that are not float32 tensors of the main graph are left out,
-            and so are values that are infinite anywhere (an attention mask) or whose channel count
-            varies: ``Evidence.has`` is False for them.
+            and so are values that are infinite anywhere (an attention mask), whose channel count varies,
+            or that lack an axis asked for: ``Evidence.has`` is False for them.
         source: the feeds.
         progress: called with (samples done, samples in all) after each.
         max_elements: most elements of a value that are counted in the histogram, per sample; fewer
@@ -99,12 +98,15 @@ def calibrate(
         for n in wanted
         if n.statistic is Statistic.CHANNELS and n.value in observed
     }
+    grams = {n: GramAccumulator(n, total) for n in wanted if n.statistic is Statistic.GRAM and n.value in observed}
     in_order = (*sorted(observed & inputs), *(n for n in inside if n in observed))  # so the first NaN is named
-    accumulators: dict[str, list[HistogramAccumulator | ChannelAccumulator]] = {n: [] for n in in_order}
+    accumulators: dict[str, list[_Accumulator]] = {n: [] for n in in_order}
     for name, histogram in histograms.items():
         accumulators[name].append(histogram)
     for (name, _), moments in channels.items():
         accumulators[name].append(moments)
+    for need, gram in grams.items():
+        accumulators[need.value].append(gram)
     with _Counters(model, accumulators) as counters:
         for sample, feed in enumerate(source if observed else ()):
             found = runner.run(feed, names) if runner is not None else {}
@@ -118,6 +120,7 @@ def calibrate(
         shapes=value_shapes(model, source.first(), threads=threads) if shapes else None,
         samples=total,
         synthetic=source.synthetic,
+        grams={n: g for n, a in grams.items() if (g := a.result()) is not None},
     )
 
 
@@ -129,9 +132,7 @@ class _Counters:
         accumulators: by value.
     """
 
-    def __init__(
-        self, model: ir.Model, accumulators: Mapping[str, Sequence[HistogramAccumulator | ChannelAccumulator]]
-    ) -> None:
+    def __init__(self, model: ir.Model, accumulators: Mapping[str, Sequence[_Accumulator]]) -> None:
         self._model, self._accumulators = model, accumulators
         self._pool = ThreadPoolExecutor(_COUNTERS, "onnxcompress-count")
         self._pending: list[Future[None]] = []
@@ -275,76 +276,7 @@ def _stride(size: int, most: int) -> int:
     return stride
 
 
-# --- moments -----------------------------------------------------------------------------------
-
-
-class ChannelAccumulator:
-    """Mean, mean square and absolute maximum per channel.
-
-    Args:
-        axis: the channel axis; may be negative.
-    """
-
-    def __init__(self, axis: int) -> None:
-        self._axis = axis
-        self._count = 0
-        self._sum: npt.NDArray[np.float64] | None = None
-        self._square: npt.NDArray[np.float64] = np.zeros(0)
-        self._absmax: npt.NDArray[np.float64] = np.zeros(0)
-        self._unusable = False
-        self.nan = False
-
-    def add(self, array: Array) -> None:
-        """Adds a float32 array."""
-        if array.size == 0 or self._unusable or self.nan:
-            return
-        if not -array.ndim <= self._axis < array.ndim:
-            self._unusable = True
-            return
-        axis = self._axis % array.ndim
-        channels = array.shape[axis]
-        if self._sum is None:
-            self._sum, self._square, self._absmax = np.zeros(channels), np.zeros(channels), np.zeros(channels)
-        if self._sum.size != channels:
-            self._unusable = True
-            return
-        inner = math.prod(array.shape[axis + 1 :])
-        blocks = array.reshape(-1, channels, inner)
-        for sums, squares, absmax in _moments(blocks):
-            self._sum += sums
-            self._square += squares
-            np.maximum(self._absmax, absmax, out=self._absmax)
-        self._count += blocks.shape[0] * inner
-        if not np.isfinite(self._absmax).all():
-            self.nan = bool(np.isnan(self._absmax).any())
-            self._unusable = True
-
-    def result(self) -> ChannelMoments | None:
-        """The moments so far; None if nothing usable was added."""
-        if self._sum is None or self._unusable or self._count == 0:
-            return None
-        return ChannelMoments(self._sum / self._count, self._square / self._count, self._absmax)
-
-
-def _moments(blocks: Array) -> Iterable[tuple[Array, Array, Array]]:
-    """Sum, sum of squares and absolute maximum by channel, block by block of (outer, channels, inner).
-
-    Measured: einsum sums rows four times as fast as ``sum(1)``, whose pairwise order short blocks do not need.
-    """
-    outer, channels, inner = blocks.shape
-    if inner >= 16:
-        for block in blocks:
-            for start in range(0, inner, _COLUMNS):
-                part = block[:, start : start + _COLUMNS]
-                yield np.einsum("ci->c", part), np.vecdot(part, part), np.maximum(part.max(1), -part.min(1))
-        return
-    rows = blocks.reshape(outer, channels * inner)
-    for start in range(0, outer, _ROWS):
-        part = rows[start : start + _ROWS]
-        sums, squares = part.sum(0), np.einsum("oc,oc->c", part, part)
-        absmax = np.maximum(part.max(0), -part.min(0))
-        by_channel = (a.reshape(channels, inner) for a in (sums, squares))
-        yield (*(a.sum(1) for a in by_channel), absmax.reshape(channels, inner).max(1))
+_Accumulator: TypeAlias = HistogramAccumulator | ChannelAccumulator | GramAccumulator
 
 
 # --- shapes ------------------------------------------------------------------------------------

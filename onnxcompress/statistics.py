@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import total_ordering
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,16 @@ import numpy.typing as npt
 
 from onnxcompress.errors import PassError
 
-__all__ = ["ChannelMoments", "Evidence", "Histogram", "Need", "RangeMethod", "Statistic"]
+__all__ = [
+    "ChannelMoments",
+    "Evidence",
+    "Histogram",
+    "Need",
+    "Patches",
+    "RangeMethod",
+    "SecondMoments",
+    "Statistic",
+]
 
 Array = npt.NDArray[Any]
 
@@ -27,6 +37,8 @@ class Statistic(StrEnum):
     """Exact minimum and maximum, and a histogram of the values."""
     CHANNELS = "channels"
     """Per channel: mean, mean square, absolute maximum."""
+    GRAM = "gram"
+    """Second moments between all pairs of channels."""
 
 
 class RangeMethod(StrEnum):
@@ -39,18 +51,88 @@ class RangeMethod(StrEnum):
 
 
 @dataclass(frozen=True, order=True)
+class Patches:
+    """The windows a Conv sees of a value [batch, channels, *spatial]; each tuple has one entry per spatial axis.
+
+    The features of a window are channels x taps, in the order of a weight's ``[C, *kernel]`` flattened; there is one
+    row for each output position. Outside the value there are zeros.
+
+    Attributes:
+        kernel: taps along each axis.
+        strides: steps between windows.
+        dilations: steps between taps.
+        pads_begin: zeros before.
+        pads_end: zeros after.
+
+    Raises:
+        PassError: the tuples do not fit together.
+    """
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads_begin: tuple[int, ...]
+    pads_end: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        each = (self.kernel, self.strides, self.dilations, self.pads_begin, self.pads_end)
+        fits = 1 <= len(self.kernel) <= 3 and all(len(part) == len(self.kernel) for part in each)
+        positive = all(n >= 1 for part in each[:3] for n in part) and all(n >= 0 for part in each[3:] for n in part)
+        if not (fits and positive):
+            raise PassError(
+                f"{self} describes no windows",
+                hint="give one to three entries in each field: kernel, strides and dilations >= 1, pads >= 0",
+            )
+
+    @property
+    def spans(self) -> tuple[int, ...]:
+        """Elements from a window's first tap to its last, both counted, along each axis."""
+        return tuple((k - 1) * d + 1 for k, d in zip(self.kernel, self.dilations, strict=True))
+
+
+@total_ordering
+@dataclass(frozen=True)
 class Need:
     """One statistic of one value.
 
     Attributes:
         value: name of the value in the main graph.
         statistic: which.
-        axis: channel axis for CHANNELS (may be negative); ignored for HISTOGRAM.
+        axis: channel axis for CHANNELS and GRAM (may be negative); ignored for HISTOGRAM.
+        axes: for GRAM: channel axes joined in the order given, the last running fastest; ``(1, 3)`` makes
+            directions x hidden features of an LSTM's [steps, directions, batch, hidden]. Empty: ``(axis,)``.
+        patches: for GRAM: the features are those of a convolution's windows, and there are no axes to name.
+
+    Raises:
+        PassError: both axes and patches are given.
     """
 
     value: str
     statistic: Statistic = Statistic.HISTOGRAM
     axis: int = 1
+    axes: tuple[int, ...] = ()
+    patches: Patches | None = None
+
+    def __post_init__(self) -> None:
+        if self.axes and self.patches is not None:
+            raise PassError(
+                f"second moments of {self.value!r} are asked for over both axes {self.axes} and patches",
+                hint="a window's features are fixed; leave axes out",
+            )
+
+    def __lt__(self, other: object) -> bool:
+        if not isinstance(other, Need):
+            return NotImplemented
+        return self._order() < other._order()
+
+    def _order(self) -> tuple[object, ...]:
+        """Fields to sort by; whether there are patches comes first, as None and patches do not compare."""
+        return self.value, self.statistic, self.axis, self.axes, self.patches is not None, self.patches
+
+    @property
+    def joined_axes(self) -> tuple[int, ...]:
+        """The axes whose elements are the features of GRAM; empty where those are of patches."""
+        return () if self.patches is not None else self.axes or (self.axis,)
 
 
 @dataclass(frozen=True)
@@ -87,6 +169,26 @@ class ChannelMoments:
     absmax: npt.NDArray[np.float64]
 
 
+@dataclass(frozen=True)
+class SecondMoments:
+    """Second moments of n features, over rows of them.
+
+    Attributes:
+        matrix: float64, shape (n, n): mean of ``x x^T``, about zero and not about the mean; exactly symmetric.
+        mean: float64, shape (n,), of the same rows.
+        count: rows seen.
+    """
+
+    matrix: npt.NDArray[np.float64]
+    mean: npt.NDArray[np.float64]
+    count: int
+
+    @property
+    def covariance(self) -> npt.NDArray[np.float64]:
+        """Second moments about the mean, shape (n, n); divided by the count and not by one less."""
+        return self.matrix - np.outer(self.mean, self.mean)
+
+
 class Evidence:
     """What calibration learned; read-only.
 
@@ -96,6 +198,7 @@ class Evidence:
         shapes: concrete shape of every value of the main graph in the first sample.
         samples: how many feeds were seen.
         synthetic: the feeds were made up, so ranges are not evidence of anything real.
+        grams: by the need that asked for them.
     """
 
     def __init__(
@@ -105,12 +208,14 @@ class Evidence:
         shapes: Mapping[str, tuple[int, ...]] | None = None,
         samples: int = 0,
         synthetic: bool = False,
+        grams: Mapping[Need, SecondMoments] | None = None,
     ) -> None:
         self.histograms: Mapping[str, Histogram] = dict(histograms or {})
         self._channels = dict(channels or {})
         self.shapes: Mapping[str, tuple[int, ...]] = dict(shapes or {})
         self.samples = samples
         self.synthetic = synthetic
+        self._grams = dict(grams or {})
 
     def joined(self, other: Evidence) -> Evidence:
         """Everything both know; ``other`` has the last word."""
@@ -120,12 +225,15 @@ class Evidence:
             {**self.shapes, **other.shapes},
             max(self.samples, other.samples),
             self.synthetic or other.synthetic,
+            {**self._grams, **other._grams},
         )
 
     def has(self, need: Need) -> bool:
         """Whether the value was observed (a value inside a Loop body is not)."""
         if need.statistic is Statistic.HISTOGRAM:
             return need.value in self.histograms
+        if need.statistic is Statistic.GRAM:
+            return need in self._grams
         return (need.value, need.axis) in self._channels
 
     def histogram(self, value: str) -> Histogram:
@@ -142,3 +250,13 @@ class Evidence:
                 hint="name them in the pass's needs()",
             )
         return self._channels[value, axis]
+
+    def second_moments(self, need: Need) -> SecondMoments:
+        """Raises PassError if the pass did not ask for exactly this in ``needs``."""
+        if need not in self._grams:
+            features = need.patches if need.patches is not None else f"axes {need.joined_axes}"
+            raise PassError(
+                f"no second moments of {need.value!r} over {features} were collected",
+                hint="name them in the pass's needs(), and ask has() first: some values have none",
+            )
+        return self._grams[need]

@@ -24,7 +24,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for layer in (
         "errors guest fitting.machine",
         "model report statistics images feeds findings",
-        "view session sizes ranges origins synthetic profile_text pieces",
+        "view session sizes ranges origins synthetic profile_text pieces moments",
         "rewrite coupling smooth data work target",
         "operators profile_merge",
         "profile_tables",
