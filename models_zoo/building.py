@@ -11,6 +11,7 @@ import math
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,12 +20,25 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxcompress.errors import ZooError
 
-__all__ = ["IR_VERSION", "OPSET", "SEED", "Array", "Net", "Operand", "normal", "stamp", "to_model", "to_tensor"]
+__all__ = [
+    "IR_VERSION",
+    "OPSET",
+    "SEED",
+    "Array",
+    "Net",
+    "Operand",
+    "centred",
+    "normal",
+    "stamp",
+    "to_model",
+    "to_tensor",
+]
 
 OPSET = 17
 IR_VERSION = 8
 SEED = 20
 _FIELDS = np.uint64(0x0000FFFF0000FFFF)
+_RAW = math.sqrt((65536**2 - 1) / 3)  # deviation of the sum of four 16-bit numbers
 
 Array = NDArray[np.float32]
 Operand = str | float | list[int] | NDArray[np.generic]
@@ -43,9 +57,19 @@ def normal(name: str, shape: tuple[int, ...], std: float, seed: int = SEED) -> A
     pairs = (raw & _FIELDS) + (raw >> np.uint64(16) & _FIELDS)
     total = (pairs + (pairs >> np.uint64(32)) & np.uint64(0xFFFFFFFF)).astype(np.float32)
     # A field has mean 65535/2 and variance (65536^2 - 1)/12; sums below 2^24 are exact.
-    scale = np.float32(std / math.sqrt((65536**2 - 1) / 3))
-    values: Array = (total - np.float32(2 * 65535)) * scale
+    values: Array = (total - np.float32(2 * 65535)) * np.float32(std / _RAW)
     return values.reshape(shape)
+
+
+def centred(name: str, shape: tuple[int, ...], std: float, axes: tuple[int, ...], seed: int = SEED) -> Array:
+    """Like ``normal``, with the mean over ``axes`` taken away.
+
+    Behind an activation that is positive on average, other weights let the same constant through
+    for every input, and layer by layer it drowns what differs. Means are of whole numbers, exact.
+    """
+    raw = normal(name, shape, _RAW, seed).astype(np.float64)
+    values: Array = (raw - raw.mean(axes, keepdims=True)).astype(np.float32) * np.float32(std / _RAW)
+    return values
 
 
 def to_tensor(name: str, value: NDArray[np.generic]) -> TensorProto:
@@ -73,14 +97,17 @@ class Net:
         name: Of the graph; its weights' random streams start from it.
         width: Channels the family is built from.
         seed: Other seed, other weights.
+        depth: Layers, blocks or units, as the family says.
 
     Raises:
-        ZooError: ``width`` is not a positive multiple of 8.
+        ZooError: ``width`` is not a positive multiple of 8, or ``depth`` not positive.
     """
 
-    def __init__(self, name: str, width: int, seed: int) -> None:
+    def __init__(self, name: str, width: int, seed: int, depth: int = 1) -> None:
         if width <= 0 or width % 8:
             raise ZooError(f"{name} cannot be {width} wide", hint="width has to be a positive multiple of 8")
+        if depth <= 0:
+            raise ZooError(f"{name} cannot be {depth} deep", hint="depth has to be positive")
         self._name, self._seed = name, seed
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
@@ -107,9 +134,10 @@ class Net:
                 side[:] = [name if v == value else v for v in side]
         self._outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, list(shape)))
 
-    def random(self, name: str, shape: tuple[int, ...], std: float) -> Array:
-        """Values for the weight ``name``."""
-        return normal(f"{self._name}/{self._full(name)}", shape, std, self._seed)
+    def random(self, name: str, shape: tuple[int, ...], std: float, *, centre: tuple[int, ...] = ()) -> Array:
+        """Values for the weight ``name``, without their mean over the axes ``centre``."""
+        key = f"{self._name}/{self._full(name)}"
+        return centred(key, shape, std, centre, self._seed) if centre else normal(key, shape, std, self._seed)
 
     def tensor(self, name: str, value: NDArray[np.generic]) -> str:
         """Name of the new initializer ``name``."""
@@ -119,10 +147,10 @@ class Net:
     def weight(self, name: str, shape: tuple[int, ...], std: float) -> str:
         return self.tensor(name, self.random(name, shape, std))
 
-    def __call__(self, op: str, *inputs: Operand, **attributes: object) -> str:
+    def __call__(self, op: str, *inputs: Operand, **attributes: Any) -> str:
         return self.many(op, 1, *inputs, **attributes)[0]
 
-    def many(self, op: str, count: int, *inputs: Operand, **attributes: object) -> list[str]:
+    def many(self, op: str, count: int, *inputs: Operand, **attributes: Any) -> list[str]:
         """Like a call, for an operator with ``count`` outputs."""
         wired = [self._value(v) for v in inputs]
         name = self._fresh(op)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from onnxcompress.errors import ZooError
 from onnxcompress.models_zoo.recipes import find_model
 
-__all__ = ["sample_feeds"]
+__all__ = ["Feed", "sample_feeds", "smooth_image"]
 
 Feed = dict[str, NDArray[Any]]
 Pixels = NDArray[np.uint8]
@@ -64,7 +64,7 @@ def _feeds(name: str, n: int, seed: int) -> Iterator[Feed]:
         yield feed
 
 
-def _smooth(rng: Generator, channels: int, side: int) -> NDArray[np.float32]:
+def smooth_image(rng: Generator, channels: int, side: int) -> NDArray[np.float32]:
     """An image of slow waves with a little noise, in [-1, 1], as CHW."""
     y, x = np.mgrid[0:side, 0:side] / side
     image = np.zeros((channels, side, side))
@@ -75,7 +75,7 @@ def _smooth(rng: Generator, channels: int, side: int) -> NDArray[np.float32]:
 
 
 def _cnn(rng: Generator, i: int) -> Feed:
-    return {"image": _smooth(rng, 3, 64)[None]}
+    return {"image": smooth_image(rng, 3, 64)[None]}
 
 
 def _transformer(rng: Generator, i: int) -> Feed:
