@@ -19,12 +19,14 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+from threadpoolctl import ThreadpoolController
 
 from onnxcompress.data import Source
 from onnxcompress.errors import DataError, ModelRunError
@@ -107,7 +109,7 @@ def calibrate(
         accumulators[name].append(moments)
     for need, gram in grams.items():
         accumulators[need.value].append(gram)
-    with _Counters(model, accumulators) as counters:
+    with _blas_divided(bool(grams)), _Counters(model, accumulators) as counters:
         for sample, feed in enumerate(source if observed else ()):
             found = runner.run(feed, names) if runner is not None else {}
             found |= {n: feed[n] for n in observed & inputs if getattr(feed[n], "dtype", None) == np.float32}
@@ -122,6 +124,20 @@ def calibrate(
         synthetic=source.synthetic,
         grams={n: g for n, a in grams.items() if (g := a.result()) is not None},
     )
+
+
+def _blas_divided(wanted: bool) -> AbstractContextManager[object]:
+    """Leaves each counting thread its share of the threads BLAS has.
+
+    Counters that each start all of them wait for one another and for onnxruntime. Measured on a MiniLM and two busy
+    cores: a sweep takes 4 to 7 s, where it took 11 to 18 s, and half the processor time.
+    """
+    if not wanted:
+        return nullcontext()
+    blas = ThreadpoolController().select(user_api="blas")
+    threads = min((library["num_threads"] for library in blas.info()), default=1)
+    limited: AbstractContextManager[object] = blas.limit(limits=max(1, threads // _COUNTERS))
+    return limited
 
 
 class _Counters:

@@ -14,6 +14,7 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from threadpoolctl import ThreadpoolController
 
 from onnxcompress import moments
 from onnxcompress.calibrate import calibrate
@@ -223,7 +224,7 @@ def unfolded(array: Floats, patches: Patches) -> Floats:
                 parts = zip(position, patches.strides, tap, patches.dilations, patches.pads_begin, strict=True)
                 at = tuple(p * s + t * d - b for p, s, t, d, b in parts)
                 if all(0 <= i < size for i, size in zip(at, spatial, strict=True)):
-                    row[(slice(None), *tap)] = array[(item, slice(None), *at)]
+                    row.reshape(channels, -1)[:, np.ravel_multi_index(tap, patches.kernel)] = array[item][:, *at]
             rows.append(row.ravel())
     return np.array(rows)
 
@@ -400,6 +401,28 @@ def test_the_same_feeds_give_the_same_bytes(model: ir.Model, monkeypatch: pytest
     for counters in (1, 2, 5):
         monkeypatch.setattr("onnxcompress.calibrate._COUNTERS", counters)
         assert swept() == expected
+
+
+def test_counters_share_the_threads_of_blas(model: ir.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def threads() -> list[int]:
+        return [library["num_threads"] for library in ThreadpoolController().select(user_api="blas").info()]
+
+    seen: list[int] = []
+    add = GramAccumulator.add
+
+    def watched(self: GramAccumulator, array: Floats) -> None:
+        seen.extend(threads())
+        add(self, array)
+
+    monkeypatch.setattr(GramAccumulator, "add", watched)
+    with ThreadpoolController().limit(limits=4, user_api="blas"):
+        before = threads()
+        calibrate(model, NEEDS, open_data(images(2), model), shapes=False)
+        assert set(seen) == {max(1, min(before) // 2)}
+        with pytest.raises(DataError):
+            bad = {"x": np.full((1, 3, 8, 8), np.nan, np.float32)}
+            calibrate(model, NEEDS, open_data([bad], model), shapes=False)
+        assert threads() == before, "given back, after an error too"
 
 
 def test_what_cannot_be_observed_is_left_out(model: ir.Model) -> None:
