@@ -13,7 +13,8 @@
     ├── PassError                     6   a pass is unknown, misconfigured or broke its promise
     │   ├── UnknownPassError
     │   ├── PassOptionError
-    │   └── PassContractError
+    │   ├── PassContractError
+    │   └── CouplingError                 positions that must stay were to be removed, or a coupling rule is wrong
     ├── RewriteError                  6   an edit that cannot be made
     │   └── StaleViewError                a view was used after the model changed
     ├── OutputError                   7   the result cannot be written
@@ -30,6 +31,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 __all__ = [
+    "CouplingError",
     "DataError",
     "EmulatorError",
     "MeasurementError",
@@ -173,6 +175,10 @@ class PassOptionError(PassError):
 
 class PassContractError(PassError):
     """A pass did not keep what it claims (valid graph, lossless, smaller)."""
+
+
+class CouplingError(PassError):
+    """Positions of a tensor that have to stay were to be removed, or a coupling rule is wrong."""
 
 
 class RewriteError(OnnxCompressError):

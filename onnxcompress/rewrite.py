@@ -173,6 +173,27 @@ class Rewriter:
         self.set_input(node, index, fresh)
         return fresh
 
+    def replace_weight(self, value: ir.Value, array: npt.NDArray[Any]) -> ir.Value:
+        """Gives all readers of a weight a new one, which has its name.
+
+        Raises:
+            RewriteError: the value is no weight.
+        """
+        graph, name = value.graph, str(value.name)
+        if not value.is_initializer() or not isinstance(graph, ir.Graph):
+            raise RewriteError(f"{name!r} is not a weight")
+        tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+        fresh = ir.Value(
+            name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
+        for use in tuple(value.uses()):
+            use.node.replace_input_with(use.idx, fresh)
+        del graph.initializers[name]
+        graph.register_initializer(fresh)
+        self._values[name] = fresh
+        self._note("set weight", name)
+        return fresh
+
     def _forget(self, weight: ir.Value) -> None:
         if isinstance(weight.graph, ir.Graph):
             del weight.graph.initializers[str(weight.name)]

@@ -25,7 +25,16 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "errors guest fitting.machine",
         "model report statistics images feeds findings",
         "view session sizes ranges origins synthetic profile_text pieces moments",
-        "rewrite coupling smooth data work target",
+        "rewrite smooth data work target coupling.axes",
+        "coupling.groups",
+        "coupling.coupler",
+        "coupling.mending",
+        "coupling.rules",
+        "coupling.convolution coupling.elementwise coupling.movement coupling.normalization coupling.products "
+        "coupling.recurrent coupling.reduction coupling.reshaping",
+        "coupling.analysis",
+        "coupling.removal",
+        "coupling",
         "operators profile_merge",
         "profile_tables",
         "profile_schema",
@@ -69,8 +78,9 @@ def modules() -> Iterator[tuple[str, Path]]:
     """Module names below ``onnxcompress`` ("" for the package itself) and their files."""
     for path in sorted(PACKAGE.glob("*.py")):
         yield ("onnxcompress" if path.stem == "__init__" else path.stem), path
-    for path in sorted((PACKAGE / "fitting").glob("*.py")):
-        yield ("fitting" if path.stem == "__init__" else f"fitting.{path.stem}"), path
+    for part in ("coupling", "fitting"):
+        for path in sorted((PACKAGE / part).glob("*.py")):
+            yield (part if path.stem == "__init__" else f"{part}.{path.stem}"), path
     for folder in FOLDERS:
         for path in sorted((PACKAGE / folder).rglob("*.py")):
             inside = path.relative_to(PACKAGE / folder).with_suffix("").parts

@@ -1,0 +1,279 @@
+"""Coupling: which positions of which tensors of a model can only go together."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import cached_property
+
+import networkx as nx
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from onnxcompress.coupling.axes import Axis, Factor
+from onnxcompress.coupling.coupler import Coupler
+from onnxcompress.coupling.groups import Group, Part, Pin, Reader
+from onnxcompress.coupling.rules import rule_of
+from onnxcompress.errors import CouplingError, suggest
+from onnxcompress.model import all_graphs, bodies, inferred_types
+from onnxcompress.view import GraphView
+
+__all__ = ["Coupling", "made_up_shapes"]
+
+Indices = npt.NDArray[np.int64]
+
+_PRIMES = (3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61)
+"""Extents put in for symbols, so that equal products are no accident."""
+
+
+class Coupling:
+    """The groups of one model.
+
+    Args:
+        view: the model.
+        shapes: concrete shapes by value name as seen in a run; without them extents that only a run
+            tells are made up, and values whose shape stays unknown pin what they touch.
+
+    Attributes:
+        graph: frozen networkx graph over :class:`~onnxcompress.coupling.axes.Factor`.
+        groups: those with weights, in execution order of what makes them; also the pinned ones.
+    """
+
+    def __init__(self, view: GraphView, shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
+        self._coupler = coupler = Coupler(view, made_up_shapes(view) if shapes is None else shapes)
+        for node in view.nodes():
+            _couple(node, coupler)
+        _pin_ends(view, coupler)
+        coupler.settle()
+        self.graph: nx.Graph = nx.freeze(coupler.graph())
+        self.groups: tuple[Group, ...] = tuple(_groups(view, self.graph, coupler))
+
+    def group(self, name: str) -> Group:
+        """The group made by a node, or that a tensor belongs to.
+
+        Args:
+            name: of a node or a tensor.
+
+        Raises:
+            CouplingError: there is none, or it is not clear which.
+        """
+        if name in self._by_key:
+            return self._by_key[name]
+        found = [g for g in self.groups if any(p.factor.axis.value == name for p in g.parts)]
+        found = [g for g in found if not g.pinned] or found
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise CouplingError(
+                f"{name!r} belongs to {len(found)} groups",
+                hint="name the node that makes one: " + ", ".join(repr(g.key) for g in found[:8]),
+            )
+        raise CouplingError(f"no group is called {name!r}", hint=suggest(name, self._by_key))
+
+    @cached_property
+    def _by_key(self) -> dict[str, Group]:
+        return {g.key: g for g in self.groups}
+
+    @property
+    def sizes(self) -> Mapping[Axis, int]:
+        """Positions of every axis."""
+        return self._coupler._sizes
+
+    def factors(self, axis: Axis) -> tuple[int, ...]:
+        """Sizes of the factors of an axis, outermost first."""
+        return self._coupler.factors(axis)
+
+
+def made_up_shapes(view: GraphView) -> dict[str, tuple[int, ...]]:
+    """Shapes with a number of its own in place of every symbol, as far as they follow from the graph inputs."""
+    numbers: dict[str, int] = {}
+    given: dict[str, tuple[int, ...]] = {}
+    for value in view.model.graph.inputs:
+        if value.shape is None or not value.name:
+            continue
+        extents = []
+        for place, extent in enumerate(value.shape):
+            if isinstance(extent, int):
+                extents.append(extent)
+                continue
+            symbol = extent.value or f"{value.name}:{place}"
+            number = numbers.setdefault(symbol, _PRIMES[len(numbers) % len(_PRIMES)])
+            extents.append(32 * number if place >= 2 and len(value.shape) >= 4 else number)
+        given[value.name] = tuple(extents)
+    found = dict(given)
+    for value, (_, shape) in inferred_types(view.model, given).items():
+        if value.name and shape is not None and all(isinstance(d, int) for d in shape):
+            found.setdefault(value.name, tuple(d for d in shape if isinstance(d, int)))
+    return found
+
+
+def _couple(node: ir.Node, coupler: Coupler) -> None:
+    found = rule_of(node)
+    values = [v for v in (*node.inputs, *node.outputs) if v is not None and v.name]
+    unknown = next((v for v in values if coupler.shape(v) is None), None)
+    if found is None:
+        domain = f"{node.domain}." if node.domain else ""
+        coupler.pin_all(node, f"{domain}{node.op_type} has no coupling rule")
+    elif unknown is not None and node.op_type != "If":
+        coupler.pin_all(node, f"the shape of {unknown.name!r} is not known")
+    else:
+        before = len(coupler.pins)
+        try:
+            found.couple(node, coupler)
+        except (CouplingError, IndexError, ValueError, KeyError) as error:
+            del coupler.pins[before:]
+            text = error.message if isinstance(error, CouplingError) else f"its coupling rule broke: {error}"
+            coupler.pin_all(node, text)
+
+
+def _pin_ends(view: GraphView, coupler: Coupler) -> None:
+    graph = view.model.graph
+    for value, what in (*((v, "input") for v in graph.inputs), *((v, "output") for v in graph.outputs)):
+        _pin_value(value, coupler, f"it is an {what} of the model")
+    for node in view.nodes():
+        for body in bodies(node) if node.op_type != "If" else ():
+            for value in (*body.inputs, *body.outputs):
+                _pin_value(value, coupler, f"it enters or leaves the body of {node.op_type} {node.name!r}")
+
+
+def _pin_value(value: ir.Value, coupler: Coupler, reason: str) -> None:
+    shape = coupler.shape(value)
+    if shape is not None and value.name:
+        for index, size in enumerate(shape):
+            axis = Axis(value.name, index)
+            coupler._sizes[axis] = size
+            coupler.pin(axis, None, reason)
+
+
+# --- groups ----------------------------------------------------------------------------------------
+
+
+def _groups(view: GraphView, graph: nx.Graph, coupler: Coupler) -> Iterable[Group]:
+    order = {str(n.name): i for i, n in enumerate(view.nodes())}
+    weights = {str(v.name): v for g in all_graphs(view.model) for v in g.initializers.values()}
+    users: dict[str, list[str]] = defaultdict(list)
+    for node in view.nodes():
+        for value in (*node.inputs, *node.outputs):
+            if value is not None and value.name:
+                users[value.name].append(str(node.name))
+    summed: dict[Axis, list[Reader]] = defaultdict(list)
+    for reader in coupler.readers:
+        summed[reader.weight].append(reader)
+    found: list[Group] = []
+    for component in nx.connected_components(graph):
+        if any(f.axis.value in weights for f in component):
+            group = _group(sorted(component), graph, coupler, order, users, weights, summed)
+            if group is not None:
+                found.append(group)
+    found.sort(key=lambda g: order.get(g.key, 0))
+    taken: set[str] = set()
+    for group in found:
+        key = next((n for n in (group.key, *group.nodes) if n not in taken), None)
+        if key is not None:
+            taken.add(key)
+            yield group if key == group.key else replace(group, key=key)
+
+
+def _group(
+    component: list[Factor],
+    graph: nx.Graph,
+    coupler: Coupler,
+    order: Mapping[str, int],
+    users: Mapping[str, list[str]],
+    weights: Mapping[str, ir.Value],
+    summed: Mapping[Axis, list[Reader]],
+) -> Group | None:
+    sizes = {f: int(graph.nodes[f]["size"]) for f in component}
+    atoms, count = _atoms(component, sizes, graph)
+    fixed = np.zeros(count, bool)
+    pins: list[Pin] = []
+    for f in component:
+        if graph.nodes[f]["pins"]:
+            fixed[atoms[f]] = True
+            pins += graph.nodes[f]["pins"]
+        for position, pin in graph.nodes[f]["fixed"]:
+            fixed[atoms[f][position]] = True
+            pins.append(pin)
+    nodes: set[str] = set()
+    makers: list[Axis] = []
+    readers: list[Reader] = []
+    for f in component:
+        axis = f.axis
+        if axis.use:
+            nodes.add(axis.use.rpartition(":")[0])
+        else:
+            nodes.update(users.get(axis.value, ()))
+        if axis.value in weights:
+            if axis in summed:
+                readers += [r for r in summed[axis] if r not in readers]
+            elif axis not in makers:
+                makers.append(axis)
+    in_order = tuple(sorted(nodes & order.keys(), key=order.__getitem__))
+    holders = {n for m in makers for n in ([m.use.rpartition(":")[0]] if m.use else users.get(m.value, ()))}
+    key = next((n for n in in_order if n in holders), None)
+    if key is None:  # no weight makes it: nothing to remove
+        return None
+    pins.sort(key=lambda p: (p.node != "", order.get(p.node, -1)))
+    parts = tuple(Part(f, atoms[f]) for f in component)
+    unit = _unit(parts, coupler, weights, readers, makers, users, order)
+    return Group(key, unit, count, parts, fixed, tuple(pins), in_order, tuple(readers), tuple(makers))
+
+
+def _atoms(component: list[Factor], sizes: Mapping[Factor, int], graph: nx.Graph) -> tuple[dict[Factor, Indices], int]:
+    """Atom of every position of every factor, and how many atoms there are."""
+    inside = graph.subgraph(component)
+    edges = [link for _, _, links in inside.edges(data="maps") for link in links]
+    first = sizes[component[0]]
+    if all(maps is None for _, _, maps in edges) and all(s == first for s in sizes.values()):
+        same = np.arange(first)
+        return dict.fromkeys(component, same), first
+    starts = dict(zip(component, np.cumsum([0, *(sizes[f] for f in component)]), strict=False))
+    total = sum(sizes.values())
+    rows, columns = [], []
+    for a, b, maps in edges:
+        left, right = (np.arange(sizes[a]),) * 2 if maps is None else maps
+        rows.append(starts[a] + left)
+        columns.append(starts[b] + right)
+    row, column = (np.concatenate(x) if x else np.zeros(0, np.int64) for x in (rows, columns))
+    matrix = coo_array((np.ones(len(row), np.int8), (row, column)), (total, total))
+    count, labels = connected_components(matrix, directed=False)
+    _, firsts = np.unique(labels, return_index=True)  # number atoms by their first position
+    rank = np.empty(count, np.int64)
+    rank[labels[np.sort(firsts)]] = np.arange(count)
+    atoms = rank[labels]
+    return {f: atoms[starts[f] : starts[f] + sizes[f]] for f in component}, int(count)
+
+
+def _unit(
+    parts: Iterable[Part],
+    coupler: Coupler,
+    weights: Mapping[str, ir.Value],
+    readers: Iterable[Reader],
+    makers: Iterable[Axis],
+    users: Mapping[str, list[str]],
+    order: Mapping[str, int],
+) -> str:
+    """What an atom is called."""
+    axes = {*makers, *(r.weight for r in readers)}
+    ops = {
+        node.op_type
+        for axis in axes
+        for node, _ in coupler.view.consumers(weights[axis.value])
+        if axis.value in weights
+    }
+    if ops & {"LSTM", "GRU", "RNN"}:
+        own = [p for p in parts if p.factor.axis in makers and p.factor.axis.value in weights]
+        if any(p.factor.place > 0 for p in own):
+            return "hidden units"
+    if ops & {"Conv", "ConvTranspose"}:
+        return "channels"
+    for part in parts:
+        axis = part.factor.axis
+        count = len(coupler.factors(axis))
+        if axis in axes and count > 1:
+            return "head widths" if part.factor.place == count - 1 else "heads"
+    return "neurons"

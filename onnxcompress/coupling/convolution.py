@@ -1,0 +1,136 @@
+"""Conv, ConvTranspose and what slides windows over maps."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from onnxcompress.coupling.coupler import Coupler, Operand
+from onnxcompress.coupling.mending import Mender
+from onnxcompress.coupling.rules import mends, rule
+
+_SLIDES = "a window slides over it"
+
+
+def pin_space(node: ir.Node, at: Coupler, *operands: Operand) -> None:
+    """Pins every axis behind batch and channels."""
+    for operand in operands:
+        for axis in operand.axes[2:]:
+            at.pin(axis, node, _SLIDES)
+
+
+@rule("Conv", domain="")
+@rule("FusedConv", domain="com.microsoft")
+def conv(node: ir.Node, at: Coupler) -> None:
+    """[N, C, ...] x [M, C / groups, ...] -> [N, M, ...]."""
+    x, w, y = at.data(node), at.data(node, 1), at.output(node)
+    bias, groups = at.input(node, 2), node.attributes.get_int("group", 1)
+    at.same(x[0], y[0], node)
+    pin_space(node, at, x, y)
+    for axis in w.axes[2:]:
+        at.ignore(axis)
+    if bias is not None:
+        at.same(bias[0], w[0], node)
+    at.same(w[0], y[1], node)
+    if groups == 1:
+        at.same(x[1], w[1], node)
+        if w.constant:
+            at.sums(node, 1, w[1], x[1], 0)
+    else:
+        many = at.virtual(node, "groups", groups)
+        each = at.virtual(node, "outputs of a group", w.shape[0] // groups)
+        at.product([x[1]], [many, w[1]], node)
+        at.product([w[0]], [many, each], node)
+    residual = at.input(node, 3)  # FusedConv adds it
+    if residual is not None:
+        at.elementwise(node, [residual], y)
+
+
+@rule("ConvTranspose")
+def conv_transpose(node: ir.Node, at: Coupler) -> None:
+    """[N, C, ...] x [C, M / groups, ...] -> [N, M, ...]."""
+    x, w, y = at.data(node), at.data(node, 1), at.output(node)
+    bias, groups = at.input(node, 2), node.attributes.get_int("group", 1)
+    at.same(x[0], y[0], node)
+    pin_space(node, at, x, y)
+    for axis in w.axes[2:]:
+        at.ignore(axis)
+    if bias is not None:
+        at.same(bias[0], y[1], node)
+    at.same(x[1], w[0], node)
+    if groups == 1:
+        at.same(w[1], y[1], node)
+        if w.constant:
+            at.sums(node, 1, w[0], x[1], 1)
+    else:
+        many = at.virtual(node, "groups", groups)
+        each = at.virtual(node, "inputs of a group", w.shape[0] // groups)
+        at.product([w[0]], [many, each], node)
+        at.product([y[1]], [many, w[1]], node)
+
+
+@mends("Conv", "ConvTranspose")
+@mends("FusedConv", domain="com.microsoft")
+def conv_groups(node: ir.Node, mender: Mender) -> None:
+    """As many groups as are left."""
+    kept = mender.virtual(node, "groups")
+    if kept is not None:
+        mender.rewriter.set_attribute(node, "group", len(kept))
+
+
+@rule("MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
+def pool(node: ir.Node, at: Coupler) -> None:
+    """Channels are pooled one by one."""
+    x = at.data(node)
+    for y in at.outputs(node):
+        at.same(x[0], y[0], node)
+        at.same(x[1], y[1], node)
+        pin_space(node, at, x, y)
+
+
+@rule("Resize", "Upsample")
+def resize(node: ir.Node, at: Coupler) -> None:
+    """Axes that keep their size are kept as they are."""
+    x, y = at.data(node), at.output(node)
+    sizes = at.input(node, 3) if node.op_type == "Resize" and at.opset >= 11 else None
+    given = at.array(node, 3) if sizes is not None else None
+    axes = node.attributes.get_ints("axes", ()) or range(len(x))
+    for k in range(len(x)):
+        if x.shape[k] != y.shape[k] or k >= 2:
+            at.pin(x[k], node, "it is resized")
+            at.pin(y[k], node, "it is resized")
+            continue
+        at.same(x[k], y[k], node)
+        if sizes is not None and given is None and k in axes:
+            at.pin_extent(node, 3, list(axes).index(k), y[k])
+
+
+@mends("Resize")
+def resize_sizes(node: ir.Node, mender: Mender) -> None:
+    """Written sizes follow the channels."""
+    if len(node.inputs) > 3 and node.inputs[3] is not None:
+        axes = list(node.attributes.get_ints("axes", ()) or range(len(mender.shape(node.outputs[0]))))
+        mender.set_extents(node, 3, {axes.index(k): p for k in axes if (p := mender.output(node, k)) is not None})
+
+
+@rule("DepthToSpace", "SpaceToDepth")
+def depth_to_space(node: ir.Node, at: Coupler) -> None:
+    """Channels hold blocks of positions."""
+    x, y = at.data(node), at.output(node)
+    block = node.attributes.get_int("blocksize", 1)
+    rows, columns = at.virtual(node, "block rows", block), at.virtual(node, "block columns", block)
+    deep, flat = (x, y) if node.op_type == "DepthToSpace" else (y, x)
+    depth_first = node.op_type == "SpaceToDepth" or node.attributes.get_string("mode", "DCR") == "DCR"
+    parts = [rows, columns, flat[1]] if depth_first else [flat[1], rows, columns]
+    at.product([deep[1]], parts, node)
+    at.same(x[0], y[0], node)
+    for axis in (rows, columns):
+        at.pin(axis, node, "positions are moved into channels")
+    pin_space(node, at, x, y)
+
+
+@rule("LRN")
+def lrn(node: ir.Node, at: Coupler) -> None:
+    """Neighbouring channels are summed."""
+    x, y = at.data(node), at.output(node)
+    at.elementwise(node, [x], y)
+    at.pin(x[1], node, "LRN sums over neighbouring channels")

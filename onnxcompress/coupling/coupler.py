@@ -1,0 +1,444 @@
+"""Coupler: what operators have said about axes, and what follows from it.
+
+Three kinds of statement come in: these axes read row-major are the same positions as those, this axis is
+these positions of that one, nobody may touch this axis. Reshapes split axes into factors; the split is
+carried along all statements until nothing changes, and where two splits do not nest the axes are pinned.
+Then each factor is a node of a networkx graph, and every statement some edges.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from onnxcompress.coupling.axes import Axis, Factor, Strides, factors, joined, merged, regroup
+from onnxcompress.coupling.groups import Pin, Reader
+from onnxcompress.errors import CouplingError
+from onnxcompress.view import GraphView
+
+__all__ = ["PRIVATE", "Coupler", "Operand", "written"]
+
+PRIVATE = 1 << 16
+"""A weight of at most so many elements that several nodes read is copied for each, so that they are free."""
+
+Indices = npt.NDArray[np.int64]
+_REGROUPED = "it regroups positions in a way that cannot be told apart"
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor at an input or output of a node.
+
+    Attributes:
+        value: behind it.
+        shape: its concrete shape.
+        use: see :class:`~onnxcompress.coupling.axes.Axis`.
+        constant: it is a weight.
+    """
+
+    value: ir.Value
+    shape: tuple[int, ...]
+    use: str = ""
+    constant: bool = False
+
+    def __getitem__(self, index: int) -> Axis:
+        """An axis; may be negative."""
+        return Axis(str(self.value.name), range(len(self.shape))[index], self.use)
+
+    def __len__(self) -> int:
+        return len(self.shape)
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """All axes."""
+        return tuple(self[i] for i in range(len(self.shape)))
+
+
+@dataclass(frozen=True)
+class _Same:
+    node: str
+    left: tuple[Axis, ...]
+    right: tuple[Axis, ...]
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        return (*self.left, *self.right)
+
+
+@dataclass(frozen=True, eq=False)
+class _Pick:
+    node: str
+    part: Axis
+    whole: Axis
+    indices: Indices
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        return (self.part, self.whole)
+
+
+class Coupler:
+    """Collects statements about one model.
+
+    Args:
+        view: the model.
+        shapes: concrete shapes by value name, as in a run.
+
+    Attributes:
+        opset: of the standard operators.
+        readers: linear operators, as they told.
+    """
+
+    def __init__(self, view: GraphView, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.view, self.opset = view, view.opset
+        self.readers: list[Reader] = []
+        self.pins: list[Pin] = []
+        self._shapes = shapes
+        self._sizes: dict[Axis, int] = {}
+        self._chains: dict[Axis, Strides] = {}
+        self._statements: list[_Same | _Pick] = []
+        self._about: dict[Axis, list[int]] = {}
+        self._dead: set[int] = set()
+        self._fixed: list[tuple[Axis, int, str, str]] = []
+
+    # --- what rules ask --------------------------------------------------------------------------
+
+    def input(self, node: ir.Node, index: int) -> Operand | None:
+        """The tensor at an input; None if it is left out."""
+        value = node.inputs[index] if index < len(node.inputs) else None
+        if value is None:
+            return None
+        use, constant = "", value.is_initializer()
+        if constant and len(value.uses()) > 1 and value.const_value is not None:
+            use = f"{node.name}:{index}" if value.const_value.size <= PRIVATE else ""
+        return self._operand(value, use, constant)
+
+    def data(self, node: ir.Node, index: int = 0) -> Operand:
+        """An input that has to be there.
+
+        Raises:
+            CouplingError: it is not.
+        """
+        found = self.input(node, index)
+        if found is None:
+            raise CouplingError(
+                f"input {index} of {node.op_type} {node.name!r} is missing", hint="the model is invalid"
+            )
+        return found
+
+    def output(self, node: ir.Node, index: int = 0) -> Operand:
+        """The tensor at an output."""
+        return self._operand(node.outputs[index], "", False)
+
+    def outputs(self, node: ir.Node) -> list[Operand]:
+        """All outputs that are asked for."""
+        return [self._operand(v, "", False) for v in node.outputs if v.name]
+
+    def array(self, node: ir.Node, index: int) -> npt.NDArray[np.generic] | None:
+        """The constant at an input; None if it is left out or computed."""
+        value = node.inputs[index] if index < len(node.inputs) else None
+        return self.view.array(value)
+
+    def size(self, axis: Axis) -> int:
+        """Positions of an axis."""
+        return self._sizes[axis]
+
+    def operand(self, value: ir.Value) -> Operand:
+        """Any tensor that is no weight."""
+        return self._operand(value, "", False)
+
+    def extent(self, node: ir.Node, index: int, place: int) -> int | None:
+        """An element of a list of extents at an input, where it is written down: a constant, or one in a Concat."""
+        pieces = self._pieces(node, index)
+        return pieces[place] if pieces is not None and place < len(pieces) else None
+
+    def length(self, node: ir.Node, index: int) -> int | None:
+        """Elements of a list at an input."""
+        pieces = self._pieces(node, index)
+        return None if pieces is None else len(pieces)
+
+    def pin_extent(self, node: ir.Node, index: int, place: int, axis: Axis) -> None:
+        """Pins an axis whose extent is computed."""
+        if self.extent(node, index, place) is None:
+            self.pin(axis, node, "its extent is computed")
+
+    def _pieces(self, node: ir.Node, index: int) -> list[int | None] | None:
+        value = node.inputs[index] if index < len(node.inputs) else None
+        if value is None:
+            return None
+        return written(value, self.shape)
+
+    def pick_fixed(self, whole: Axis, position: int, node: ir.Node, reason: str) -> None:
+        """One position of an axis has to stay."""
+        self._fixed.append((whole, position, str(node.name), reason))
+
+    def _operand(self, value: ir.Value, use: str, constant: bool) -> Operand:
+        shape = self.shape(value)
+        if shape is None:
+            raise CouplingError(f"the shape of {value.name!r} is not known")
+        operand = Operand(value, shape, use, constant)
+        for axis, size in zip(operand.axes, shape, strict=True):
+            self._sizes[axis] = size
+        return operand
+
+    def shape(self, value: ir.Value) -> tuple[int, ...] | None:
+        """Concrete shape of a value, where known."""
+        if value.is_initializer() and value.const_value is not None:
+            return tuple(int(d) for d in value.const_value.shape.numpy())
+        return self._shapes.get(str(value.name))
+
+    # --- what rules say --------------------------------------------------------------------------
+
+    def virtual(self, node: ir.Node, what: str, size: int) -> Axis:
+        """An axis of no tensor: a number of groups, of gates."""
+        axis = Axis(f"{node.name}:{what}", -1)
+        self._sizes[axis] = size
+        return axis
+
+    def same(self, a: Axis, b: Axis, node: ir.Node | None = None) -> None:
+        """Two axes are the same positions; one of size 1 is broadcast and says nothing."""
+        left, right = self._sizes[a], self._sizes[b]
+        if left == 1 or right == 1:
+            return
+        if left != right:
+            self.pin(a, node, f"{left} positions meet {right}")
+            self.pin(b, node, f"{left} positions meet {right}")
+            return
+        self._add(_Same("" if node is None else str(node.name), (a,), (b,)))
+
+    def product(self, left: Sequence[Axis], right: Sequence[Axis], node: ir.Node) -> None:
+        """Axes read row-major are the same positions as other axes read row-major."""
+        left = tuple(a for a in left if self._sizes[a] != 1)
+        right = tuple(a for a in right if self._sizes[a] != 1)
+        if math.prod(map(self.size, left)) != math.prod(map(self.size, right)):
+            for axis in (*left, *right):
+                self.pin(axis, node, "its sizes do not multiply to the same")
+        elif left:
+            self._add(_Same(str(node.name), left, right))
+
+    def reshaped(self, before: Operand, after: Operand, node: ir.Node) -> None:
+        """The same elements in another shape."""
+        for left, right in regroup(before.shape, after.shape):
+            self.product([before[i] for i in left], [after[j] for j in right], node)
+
+    def pick(self, part: Axis, whole: Axis, indices: npt.ArrayLike, node: ir.Node) -> None:
+        """Position i of one axis is position ``indices[i]`` of the other."""
+        self._add(_Pick(str(node.name), part, whole, np.asarray(indices, np.int64)))
+
+    def block(self, part: Axis, whole: Axis, start: int, node: ir.Node) -> None:
+        """An axis is a run of positions of another."""
+        size = self._sizes[part]
+        if size == self._sizes[whole]:
+            self.same(part, whole, node)
+        else:
+            self.pick(part, whole, np.arange(start, start + size), node)
+
+    def elementwise(self, node: ir.Node, inputs: Iterable[Operand | None], output: Operand) -> None:
+        """Axes are the same from the right, as in broadcasting."""
+        for operand in inputs:
+            if operand is not None:
+                for k in range(1, min(len(operand), len(output)) + 1):
+                    self.same(operand[-k], output[-k], node)
+
+    def pin(self, axis: Axis, node: ir.Node | None, reason: str) -> None:
+        """All positions of an axis have to stay."""
+        if self._sizes.get(axis) != 1:
+            self.pins.append(Pin(axis, "" if node is None else str(node.name), reason))
+
+    def ignore(self, axis: Axis) -> None:
+        """An axis that is no question: the extent of a window."""
+        self._sizes.pop(axis, None)
+
+    def pin_all(self, node: ir.Node, reason: str) -> None:
+        """Everything a node reads and makes has to stay as it is."""
+        for index, value in enumerate(node.inputs):
+            if value is not None and self.shape(value) is not None and (operand := self.input(node, index)) is not None:
+                for axis in operand.axes:
+                    self.pin(axis, node, reason)
+        for value in node.outputs:
+            if value.name and self.shape(value) is not None:
+                for axis in self._operand(value, "", False).axes:
+                    self.pin(axis, node, reason)
+
+    def sums(self, node: ir.Node, index: int, weight: Axis, data: Axis | None, outputs: int) -> None:
+        """The weight at an input is summed over along an axis: it can make up for what is removed."""
+        self.readers.append(Reader(str(node.name), index, weight, data, outputs))
+
+    def _add(self, statement: _Same | _Pick) -> None:
+        number = len(self._statements)
+        self._statements.append(statement)
+        for axis in statement.axes:
+            self._about.setdefault(axis, []).append(number)
+
+    # --- factors ---------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Splits axes into factors until every statement is one about whole factors."""
+        waiting = deque(range(len(self._statements)))
+        queued = set(waiting)
+        while waiting:
+            number = waiting.popleft()
+            queued.discard(number)
+            if number in self._dead:
+                continue
+            statement = self._statements[number]
+            found = self._split_same(statement) if isinstance(statement, _Same) else self._split_pick(statement)
+            if found is None:
+                self._dead.add(number)
+                for axis in statement.axes:
+                    self.pins.append(Pin(axis, statement.node, _REGROUPED))
+                continue
+            for axis, strides in found.items():
+                if strides != self._chains.get(axis, ()):
+                    self._chains[axis] = strides
+                    again = [n for n in self._about[axis] if n not in queued]
+                    waiting.extend(again)
+                    queued.update(again)
+
+    def _split_same(self, statement: _Same) -> dict[Axis, Strides] | None:
+        left, right = statement.left, statement.right
+        if len(left) == len(right) == 1:
+            a, b = self._chains.get(left[0], ()), self._chains.get(right[0], ())
+            if a == b:
+                return {}
+            both = merged(a, b)
+            return None if both is None else {left[0]: both, right[0]: both}
+        chains = [
+            joined([self._sizes[a] for a in side], [self._chains.get(a, ()) for a in side]) for side in (left, right)
+        ]
+        both = merged(*chains)
+        if both is None:
+            return None
+        found: dict[Axis, Strides] = {}
+        for side in (left, right):
+            base = 1
+            for axis in reversed(side):
+                top = base * self._sizes[axis]
+                inner = [s for s in both if base < s < top]
+                if any(s % base for s in inner):
+                    return None
+                strides = tuple(s // base for s in inner)
+                if found.setdefault(axis, strides) != strides:  # the same axis twice: a diagonal
+                    return None
+                base = top
+        return found
+
+    def _split_pick(self, statement: _Pick) -> dict[Axis, Strides] | None:
+        part, whole, indices = statement.part, statement.whole, statement.indices
+        inner, outer = self._chains.get(part, ()), self._chains.get(whole, ())
+        size, total = self._sizes[part], self._sizes[whole]
+        if not inner and not outer:
+            return {}
+        down = [s for s in outer if s < size and not _constant(indices // s)]
+        both = merged(inner, down)
+        if both is None or any(size % s or total % s or not _in_blocks(indices, s) for s in both):
+            return None
+        if any(not _constant(indices // s) for s in outer if s not in both):
+            return None
+        up = merged(outer, both)
+        return None if up is None else {part: both, whole: up}
+
+    # --- the graph -------------------------------------------------------------------------------
+
+    def factors(self, axis: Axis) -> tuple[int, ...]:
+        """Sizes of the factors of an axis, outermost first; after :meth:`settle`."""
+        return factors(self._sizes[axis], self._chains.get(axis, ()))
+
+    def graph(self) -> nx.Graph:
+        """Nodes: :class:`Factor` with ``size``; edges with ``maps``: (from, to, None for in order or two index arrays).
+
+        The node attribute ``pins`` lists why all positions of a factor have to stay, ``fixed`` single ones.
+        """
+        graph = nx.Graph()
+        for axis, size in self._sizes.items():
+            if size > 1:
+                for place, count in enumerate(self.factors(axis)):
+                    graph.add_node(Factor(axis, place), size=count, pins=[], fixed=[])
+        for number, statement in enumerate(self._statements):
+            if number in self._dead:
+                continue
+            if isinstance(statement, _Same):
+                left, right = (self._places(side) for side in (statement.left, statement.right))
+                for a, b in zip(left, right, strict=True):
+                    self._link(graph, a, b, None, statement.node)
+            else:
+                self._link_pick(graph, statement)
+        for pin in self.pins:
+            for place in range(len(self.factors(pin.axis))) if self._sizes.get(pin.axis, 1) > 1 else ():
+                graph.nodes[Factor(pin.axis, place)]["pins"].append(pin)
+        for axis, position, node, reason in self._fixed:
+            sizes = self.factors(axis)
+            for place, count in enumerate(sizes):
+                at = position // math.prod(sizes[place + 1 :]) % count
+                if count > 1:
+                    graph.nodes[Factor(axis, place)]["fixed"].append((at, Pin(axis, node, reason)))
+        return graph
+
+    def _places(self, axes: Sequence[Axis]) -> list[Factor]:
+        return [Factor(axis, place) for axis in axes for place in range(len(self.factors(axis)))]
+
+    def _link(self, graph: nx.Graph, a: Factor, b: Factor, maps: tuple[Indices, Indices] | None, node: str) -> None:
+        if a == b:
+            return
+        if graph.has_edge(a, b):
+            graph.edges[a, b]["maps"].append((a, b, maps))
+        else:
+            graph.add_edge(a, b, node=node, maps=[(a, b, maps)])
+
+    def _link_pick(self, graph: nx.Graph, statement: _Pick) -> None:
+        part, whole = statement.part, statement.whole
+        small, large = self.factors(part), self.factors(whole)
+        inner = len(small) - 1
+        for k in range(1, inner + 1):
+            self._link(graph, Factor(part, len(small) - k), Factor(whole, len(large) - k), None, statement.node)
+        stride = math.prod(small[1:])
+        starts = statement.indices[::stride] // stride
+        level = len(large) - 1 - inner
+        positions = starts % large[level]
+        maps = (np.arange(small[0]), positions)
+        if small[0] > 1:
+            self._link(graph, Factor(part, 0), Factor(whole, level), maps, statement.node)
+        for place in range(level):
+            reason = "its parts are told apart there"
+            graph.nodes[Factor(whole, place)]["pins"].append(Pin(whole, statement.node, reason))
+
+
+def written(value: ir.Value, shape: Callable[[ir.Value], tuple[int, ...] | None]) -> list[int | None] | None:
+    """A list of integers as far as it is written down: a constant, or a Concat of constants and what is computed.
+
+    Args:
+        value: the list.
+        shape: tells the shape of a computed piece.
+    """
+    if value.const_value is not None:
+        return [int(v) for v in value.const_value.numpy().reshape(-1)]
+    producer = value.producer()
+    if producer is None or producer.op_type != "Concat":
+        return None
+    found: list[int | None] = []
+    for piece in producer.inputs:
+        if piece is None:
+            return None
+        if piece.const_value is not None:
+            found += [int(v) for v in piece.const_value.numpy().reshape(-1)]
+        elif (extents := shape(piece)) is not None and len(extents) == 1:
+            found += [None] * extents[0]
+        else:
+            return None
+    return found
+
+
+def _constant(values: Indices) -> bool:
+    return bool((values == values[0]).all()) if values.size else True
+
+
+def _in_blocks(indices: Indices, size: int) -> bool:
+    blocks = indices.reshape(-1, size)
+    return bool((blocks == blocks[:, :1] + np.arange(size)).all() and (blocks[:, 0] % size == 0).all())
