@@ -27,13 +27,14 @@ budget and no other pass; what the device can run at all it learns from ``Target
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import ClassVar
 
 import onnx_ir as ir
 
+from onnxcompress.errors import OnnxCompressError, PassContractError
 from onnxcompress.rewrite import Rewriter
 from onnxcompress.statistics import Evidence, Need
 from onnxcompress.target import Target
@@ -130,6 +131,8 @@ class Choice:
         adds: float operators it inserts: (operator type, name of the value it runs on).
         removes: names of nodes of the site that go; what they take now is its gain. Sites at these nodes cannot
             be changed at the same time.
+        resizes: axes that get another size: (name of the value or weight, axis, size). The planner prices
+            the graph at these sizes.
         bytes_saved: weight bytes it takes off the file.
         terms: the distortions it causes, for passes that can :meth:`Pass.simulate` them.
         detail: the pass's own settings for the choice (``Rank(32)``); any hashable value.
@@ -147,6 +150,7 @@ class Choice:
     writes: tuple[str, ...] = ()
     adds: tuple[tuple[str, str], ...] = ()
     removes: tuple[str, ...] = ()
+    resizes: tuple[tuple[str, int, int], ...] = ()
     bytes_saved: int = 0
     terms: tuple[Term, ...] = ()
     detail: Hashable = None
@@ -164,6 +168,8 @@ class Pass(ABC):
         rank: place within the stage; smaller runs first, then by name.
         min_opset: version of the standard operator set its rewrites need; the pipeline raises it.
         lossless: it must not change any output beyond float rounding; the pipeline checks.
+        automatic: it takes part where no passes are named; if not, only where the user asks for it.
+        remark: what a user has to know of what it made; printed with it.
         summary: first line of the class docstring, shown by ``passes list``.
     """
 
@@ -173,6 +179,16 @@ class Pass(ABC):
     rank: ClassVar[int] = 0
     min_opset: ClassVar[int] = 1
     lossless: ClassVar[bool] = False
+    automatic: ClassVar[bool] = True
+    remark: ClassVar[str] = ""
+
+    @property
+    def planned(self) -> bool:
+        """Whether the planner picks among its sites even where the user named the pass.
+
+        By default a pass that is named makes its strongest choice wherever it can.
+        """
+        return False
 
     def match(self, node: ir.Node, view: GraphView) -> Site:
         """The site at a node of one of ``ops``.
@@ -212,6 +228,36 @@ class Pass(ABC):
         Raises:
             Skip: on a second look it cannot be made; nothing may have been edited by then.
         """
+
+    def apply_all(
+        self, choices: Sequence[Choice], rewriter: Rewriter, evidence: Evidence
+    ) -> Mapping[Choice, str]:
+        """Makes several choices; by default one after the other with :meth:`apply`.
+
+        For passes whose choices meet in the same tensors, so that each has to know of the others.
+
+        Returns:
+            The choices that could not be made, and why.
+        """
+        refused: dict[Choice, str] = {}
+        for choice in choices:
+            edits = len(rewriter.log)
+            try:
+                self.apply(choice, rewriter, evidence)
+            except Skip as skip:
+                if len(rewriter.log) != edits:
+                    raise PassContractError(
+                        f"pass {self.name!r} edited the model at {choice.site.key!r} and then refused: {skip.reason}"
+                    ) from skip
+                refused[choice] = skip.reason
+            except OnnxCompressError:
+                raise
+            except Exception as error:  # a pass may be anybody's code: say whose and where
+                raise PassContractError(
+                    f"pass {self.name!r} broke at {choice.site.key!r}: {type(error).__name__}: {error}",
+                    hint="report it to the author of the pass",
+                ) from error
+        return refused
 
     def simulate(self, term: Term, rewriter: Rewriter, evidence: Evidence, target: Target, switch: ir.Value) -> bool:
         """Adds the distortion of ``term`` to a model where the boolean scalar ``switch`` is true.

@@ -359,6 +359,7 @@ def list_passes(verbose: bool) -> Answer:
             "name": name,
             "stage": cls.stage.name.lower(),
             "lossless": cls.lossless,
+            "automatic": cls.automatic,
             "ops": cls.ops,
             "summary": cls.summary(),
             "options": [

@@ -117,7 +117,7 @@ class Job:
     def run(self, passes: Sequence[Pass] | None) -> None:
         """Goes all the way; what came of it is in ``result`` and the records."""
         by_hand = passes is not None
-        chosen = list(passes) if passes is not None else [cls() for cls in registry.available().values()]
+        chosen = list(passes) if passes is not None else _automatic()
         chosen.sort(key=lambda p: (p.stage, p.rank))
         tidying = [p for p in chosen if p.lossless and p.stage is Stage.NORMALISE]
         if by_hand and not tidying:  # rewrites by hand still start from a tidy graph
@@ -256,7 +256,7 @@ class Job:
         rate = BYTES_WORTH * sum(q.seconds for q in questions) / max(1, models.weight_bytes(model))
         samples = 1 if self.predicted > _SLOW_SECONDS else 2
         search = Search(model, pass_, questions, values, noise, rate, gather, price, self.check, samples)
-        found = search.by_hand() if by_hand else search.run()
+        found = search.by_hand() if by_hand and not pass_.planned else search.run()
         self.attempts += search.attempts
         self.saved += found.plan.seconds_before - found.plan.seconds
         refused = found.built.refused if found.built is not None else ()
@@ -275,7 +275,8 @@ class Job:
         )
         changed = len(found.built.made) if found.built is not None else 0
         outcome = "applied" if changed else "dropped" if found.problem else "nothing to do"
-        self.rewrites.append(PassReport(pass_.name, pass_options(pass_), changed, outcome, found.problem))
+        remark = pass_.remark if changed else found.problem
+        self.rewrites.append(PassReport(pass_.name, pass_options(pass_), changed, outcome, remark))
         return found.built.model if found.built is not None else model
 
     def _prices(
@@ -430,3 +431,8 @@ class Job:
             return before, after
         idle = stranded(GraphView(self.normalised), self.profile, self.shapes)
         return None if idle else before, after if device.runs else None
+
+
+def _automatic() -> list[Pass]:
+    """The passes that run where none are named."""
+    return [cls() for cls in registry.available().values() if cls.automatic]

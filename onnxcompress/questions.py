@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from onnxcompress.alone import Effect, with_terms
 from onnxcompress.base import KEEP, Choice, Pass, Precision, Site, Skip, Skipped, Term
-from onnxcompress.cost import CostModel
+from onnxcompress.cost import Costing, CostModel
 from onnxcompress.planner import Option, Plan, Question, ValueCost
 from onnxcompress.report import SiteReport
 from onnxcompress.target import Target
@@ -83,7 +84,9 @@ def ask(
         Questions for the planner; conversion costs by value; by site key, why a choice was left
         out because the profile has no kernel for it.
     """
-    now = {row.name: row.seconds for row in cost.model(view, shapes).nodes}
+    total = cost.model(view, shapes)
+    now, whole = {row.name: row.seconds for row in total.nodes}, total.seconds
+    resized = _Resizing(view, cost, shapes)
     here = cost.for_model(view, shapes)
     questions: list[Question] = []
     missing: dict[str, str] = {}
@@ -93,6 +96,9 @@ def ask(
         options: list[Option] = []
         for choice in choices:
             after: float | None = seconds
+            if choice.resizes:
+                options.append(Option(choice, seconds + resized(choice.resizes) - whole))
+                continue
             if choice.effects and choice.precision == Precision.FLOAT:
                 change = effect(choice)
                 if change is None:
@@ -113,6 +119,31 @@ def ask(
             continue
         questions.append(Question(site, seconds, _undominated(options)))
     return questions, _value_costs(questions, view, here, shapes), missing
+
+
+class _Resizing:
+    """Seconds of the whole model with some axes of other sizes."""
+
+    def __init__(self, view: GraphView, cost: CostModel, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._view, self._cost, self._shapes = view, cost, shapes
+
+    @cached_property
+    def _costing(self) -> Costing:
+        costing = Costing(self._cost, self._view, self._shapes)
+        costing.cost()  # prices every node once; what is not touched later is not priced again
+        return costing
+
+    @cached_property
+    def _known(self) -> dict[str, tuple[int, ...]]:
+        weights = {str(v.name): v.const_value.shape.numpy() for v in self._view.weights() if v.const_value is not None}
+        return {**{name: tuple(int(d) for d in shape) for name, shape in weights.items()}, **self._shapes}
+
+    def __call__(self, resizes: Iterable[tuple[str, int, int]]) -> float:
+        changes: dict[str, list[int]] = {}
+        for name, axis, size in resizes:
+            if name in self._known:
+                changes.setdefault(name, list(self._known[name]))[axis] = size
+        return self._costing.reshaped({name: tuple(shape) for name, shape in changes.items()}).cost().seconds
 
 
 def _integer(options: Sequence[Option]) -> tuple[Option, ...]:
@@ -206,9 +237,18 @@ def explain(
                 )
             )
             continue
-        reason = refusals.get(key) or verdict or _why_kept(question, free_plan, prices, impossible, missing)
+        reason = refusals.get(key) or _dropped(verdict, key, free_plan, prices)
+        reason = reason or _why_kept(question, free_plan, prices, impossible, missing)
         rows.append(SiteReport(pass_.name, key, ops[key], KEEP, reason))
     return tuple(rows)
+
+
+def _dropped(verdict: str, key: str, free_plan: Plan, prices: Mapping[Term, float]) -> str:
+    """Why the pass as a whole was dropped, and what the site does alone where that was measured."""
+    wanted = free_plan.choices.get(key)
+    known = verdict and wanted is not None and all(t in prices for t in wanted.terms)
+    alone = _decibels(sum(prices[t] for t in wanted.terms)) if known and wanted is not None else None
+    return verdict if alone is None else f"{verdict}; {alone:.1f} dB of noise from this alone"
 
 
 def _why_kept(

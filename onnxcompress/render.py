@@ -341,7 +341,8 @@ def passes(found: Sequence[Mapping[str, Any]]) -> RenderableType:
     """Passes with their options, as ``passes list`` collects them."""
     parts: list[RenderableType] = []
     for one in found:
-        kind = ", ".join((one["stage"], "lossless" if one["lossless"] else "lossy"))
+        by_hand = () if one["automatic"] else ("only with --pass",)
+        kind = ", ".join((one["stage"], "lossless" if one["lossless"] else "lossy", *by_hand))
         parts.append(Text.assemble((one["name"], "bold"), f"  ({kind})"))
         parts.append(Padding(Text(one["summary"]), (0, 0, 0, 4)))
         rows = [(o["name"], o["type"], _option_default(o["default"])) for o in one["options"]]

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from onnxcompress.rewrite import Rewriter
 
-__all__ = ["Place", "absorb", "bias_of", "spread"]
+__all__ = ["Place", "absorb", "bias_of", "is_free", "spread"]
 
 _CHANNELS_FIRST = ("Conv", "ConvTranspose", "BatchNormalization")
 _CHANNELS_LAST = ("Gemm", "LayerNormalization")
@@ -44,7 +44,7 @@ def bias_of(value: ir.Value, axis: int, readers: Collection[ir.Node], depth: int
     if node is None or depth == 0 or value.is_graph_output() or any(u.node not in readers for u in value.uses()):
         return None
     if node.op_type in (_CHANNELS_LAST if axis == -1 else _CHANNELS_FIRST):
-        return (node, 2) if _free(node, 2) and value is node.outputs[0] else None
+        return (node, 2) if is_free(node, 2) and value is node.outputs[0] else None
     if node.op_type != "Add":
         return None
     constants = [i for i, v in enumerate(node.inputs) if v is not None and v.is_initializer()]
@@ -54,7 +54,7 @@ def bias_of(value: ir.Value, axis: int, readers: Collection[ir.Node], depth: int
     return next((place for place in found if place is not None), None)
 
 
-def _free(node: ir.Node, index: int) -> bool:
+def is_free(node: ir.Node, index: int) -> bool:
     """Whether the bias of a node is missing or a weight."""
     value = node.inputs[index] if index < len(node.inputs) else None
     return value is None or (value.is_initializer() and value.const_value is not None)

@@ -19,7 +19,9 @@ from onnxcompress.view import GraphView, body_nodes
 
 __all__ = ["Block", "block_at", "exclusive"]
 
-_LAYERS = frozenset({"Attention", "Conv", "ConvTranspose", "Einsum", "GRU", "Gemm", "LSTM", "MatMul", "MultiHeadAttention"})
+_LAYERS = frozenset(
+    {"Attention", "Conv", "ConvTranspose", "Einsum", "GRU", "Gemm", "LSTM", "MatMul", "MultiHeadAttention"}
+)
 _ENLARGING = frozenset({"ConvTranspose", "Expand", "MaxUnpool", "Resize", "Tile", "Upsample"})
 _MAPS = frozenset({"BatchNormalization", "Conv", "ConvTranspose", "GroupNormalization", "InstanceNormalization"})
 _ROWS = frozenset({"Attention", "Gemm", "LayerNormalization", "MatMul", "RMSNormalization"})

@@ -52,9 +52,15 @@ class PruneBlocks(Pass):
     name: ClassVar[str] = "prune_blocks"
     stage: ClassVar[Stage] = Stage.PRUNE
     ops: ClassVar[tuple[str, ...]] = ("Add",)
+    automatic: ClassVar[bool] = False
 
     blocks: tuple[str, ...] = ()
     bias: bool = True
+
+    @property
+    def planned(self) -> bool:
+        """Named blocks go; of all of them, those that the budget has room for."""
+        return not self.blocks
 
     def sites(self, view: GraphView) -> Iterable[Site | Skipped]:
         """Every Add of two float activations.
