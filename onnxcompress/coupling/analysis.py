@@ -15,7 +15,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from onnxcompress.coupling.axes import Axis, Factor
-from onnxcompress.coupling.coupler import Coupler
+from onnxcompress.coupling.coupler import CONSEQUENCES, Coupler
 from onnxcompress.coupling.groups import Group, Part, Pin, Reader
 from onnxcompress.coupling.rules import rule_of
 from onnxcompress.errors import CouplingError, suggest
@@ -26,6 +26,7 @@ __all__ = ["Coupling", "made_up_shapes"]
 
 Indices = npt.NDArray[np.int64]
 
+_NO_WEIGHTS = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL, ir.DataType.STRING)
 _PRIMES = (3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61)
 """Extents put in for symbols, so that equal products are no accident."""
 
@@ -152,7 +153,7 @@ def _pin_value(value: ir.Value, coupler: Coupler, reason: str) -> None:
 # --- groups ----------------------------------------------------------------------------------------
 
 
-def _groups(view: GraphView, graph: nx.Graph, coupler: Coupler) -> Iterable[Group]:
+def _groups(view: GraphView, graph: nx.Graph, coupler: Coupler) -> list[Group]:
     order = {str(n.name): i for i, n in enumerate(view.nodes())}
     weights = {str(v.name): v for g in all_graphs(view.model) for v in g.initializers.values()}
     users: dict[str, list[str]] = defaultdict(list)
@@ -169,13 +170,37 @@ def _groups(view: GraphView, graph: nx.Graph, coupler: Coupler) -> Iterable[Grou
             group = _group(sorted(component), graph, coupler, order, users, weights, summed)
             if group is not None:
                 found.append(group)
-    found.sort(key=lambda g: order.get(g.key, 0))
-    taken: set[str] = set()
+    keys = _keys(found, users)
+    named = [replace(group, key=key) for group in found if (key := keys.get(id(group))) is not None]
+    return sorted(named, key=lambda g: order[g.key])
+
+
+def _keys(found: list[Group], users: Mapping[str, list[str]]) -> dict[int, str]:
+    """A node for each group: one whose weight makes it, else one whose weight reads it, else any of it.
+
+    Groups that can shrink choose first, and among them those with the least choice.
+    """
+    wishes: dict[int, list[str]] = {}
+    first: dict[int, int] = {}
     for group in found:
-        key = next((n for n in (group.key, *group.nodes) if n not in taken), None)
+        holders = {n for m in group.makers for n in _holders(m, users)}
+        makers = [n for n in group.nodes if n in holders]
+        readers = [r.node for r in group.readers]
+        first[id(group)] = len(makers)
+        wishes[id(group)] = list(dict.fromkeys([*makers, *readers, *group.nodes]))
+    place = {id(g): i for i, g in enumerate(found)}
+    keys: dict[int, str] = {}
+    taken: set[str] = set()
+    for group in sorted(found, key=lambda g: (g.pinned, first[id(g)], place[id(g)])):
+        key = next((n for n in wishes[id(group)] if n not in taken), None)
         if key is not None:
             taken.add(key)
-            yield group if key == group.key else replace(group, key=key)
+            keys[id(group)] = key
+    return keys
+
+
+def _holders(axis: Axis, users: Mapping[str, list[str]]) -> Iterable[str]:
+    return [axis.use.rpartition(":")[0]] if axis.use else users.get(axis.value, ())
 
 
 def _group(
@@ -198,6 +223,7 @@ def _group(
         for position, pin in graph.nodes[f]["fixed"]:
             fixed[atoms[f][position]] = True
             pins.append(pin)
+    axes = {f.axis for f in component}
     nodes: set[str] = set()
     makers: list[Axis] = []
     readers: list[Reader] = []
@@ -208,19 +234,18 @@ def _group(
         else:
             nodes.update(users.get(axis.value, ()))
         if axis.value in weights:
-            if axis in summed:
-                readers += [r for r in summed[axis] if r not in readers]
+            sums = [r for r in summed[axis] if coupler.apart.get(r) not in axes]
+            if sums:
+                readers += [r for r in sums if r not in readers]
             elif axis not in makers:
                 makers.append(axis)
     in_order = tuple(sorted(nodes & order.keys(), key=order.__getitem__))
-    holders = {n for m in makers for n in ([m.use.rpartition(":")[0]] if m.use else users.get(m.value, ()))}
-    key = next((n for n in in_order if n in holders), None)
-    if key is None:  # no weight makes it: nothing to remove
+    if not in_order or not any(_counts(weights[m.value]) for m in makers):  # no weight makes it: nothing to remove
         return None
-    pins.sort(key=lambda p: (p.node != "", order.get(p.node, -1)))
+    pins.sort(key=lambda p: (p.reason in CONSEQUENCES, p.node != "", order.get(p.node, -1)))
     parts = tuple(Part(f, atoms[f]) for f in component)
-    unit = _unit(parts, coupler, weights, readers, makers, users, order)
-    return Group(key, unit, count, parts, fixed, tuple(pins), in_order, tuple(readers), tuple(makers))
+    unit = _unit(parts, coupler, weights, readers, makers)
+    return Group(in_order[0], unit, count, parts, fixed, tuple(pins), in_order, tuple(readers), tuple(makers))
 
 
 def _atoms(component: list[Factor], sizes: Mapping[Factor, int], graph: nx.Graph) -> tuple[dict[Factor, Indices], int]:
@@ -248,32 +273,30 @@ def _atoms(component: list[Factor], sizes: Mapping[Factor, int], graph: nx.Graph
     return {f: atoms[starts[f] : starts[f] + sizes[f]] for f in component}, int(count)
 
 
+def _counts(weight: ir.Value) -> bool:
+    """Whether a constant is a weight, and no list of extents, axes or positions."""
+    return weight.dtype not in _NO_WEIGHTS
+
+
 def _unit(
     parts: Iterable[Part],
     coupler: Coupler,
     weights: Mapping[str, ir.Value],
     readers: Iterable[Reader],
     makers: Iterable[Axis],
-    users: Mapping[str, list[str]],
-    order: Mapping[str, int],
 ) -> str:
     """What an atom is called."""
+    told = next((coupler.units[p.factor.axis] for p in parts if p.factor.axis in coupler.units), None)
+    if told is not None:
+        return told
     axes = {*makers, *(r.weight for r in readers)}
-    ops = {
-        node.op_type
-        for axis in axes
-        for node, _ in coupler.view.consumers(weights[axis.value])
-        if axis.value in weights
-    }
-    if ops & {"LSTM", "GRU", "RNN"}:
-        own = [p for p in parts if p.factor.axis in makers and p.factor.axis.value in weights]
-        if any(p.factor.place > 0 for p in own):
-            return "hidden units"
-    if ops & {"Conv", "ConvTranspose"}:
-        return "channels"
-    for part in parts:
-        axis = part.factor.axis
-        count = len(coupler.factors(axis))
-        if axis in axes and count > 1:
-            return "head widths" if part.factor.place == count - 1 else "heads"
-    return "neurons"
+    ops = {node.op_type for axis in axes for node, _ in coupler.view.consumers(weights[axis.value])}
+    places = {(p.factor.place, len(coupler.factors(p.factor.axis))) for p in parts if p.factor.axis in axes}
+    last = any(place == count - 1 for place, count in places)
+    if any("Conv" in op for op in ops):
+        return "channels" if last else "groups of channels"
+    if all(count == 1 for _, count in places):
+        return "neurons"
+    if any(place == count - 1 > 0 for place, count in places):
+        return "head widths"
+    return "heads" if any(place == count - 2 for place, count in places) else "blocks"

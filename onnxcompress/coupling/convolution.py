@@ -40,6 +40,8 @@ def conv(node: ir.Node, at: Coupler) -> None:
         each = at.virtual(node, "outputs of a group", w.shape[0] // groups)
         at.product([x[1]], [many, w[1]], node)
         at.product([w[0]], [many, each], node)
+        if w.constant and w.shape[1] > 1:
+            at.sums(node, 1, w[1], None, 0, many)
     residual = at.input(node, 3)  # FusedConv adds it
     if residual is not None:
         at.elementwise(node, [residual], y)
@@ -66,6 +68,8 @@ def conv_transpose(node: ir.Node, at: Coupler) -> None:
         each = at.virtual(node, "inputs of a group", w.shape[0] // groups)
         at.product([w[0]], [many, each], node)
         at.product([y[1]], [many, w[1]], node)
+        if w.constant and w.shape[0] > groups:
+            at.sums(node, 1, w[0], None, 1, many)
 
 
 @mends("Conv", "ConvTranspose")
@@ -91,25 +95,21 @@ def pool(node: ir.Node, at: Coupler) -> None:
 def resize(node: ir.Node, at: Coupler) -> None:
     """Axes that keep their size are kept as they are."""
     x, y = at.data(node), at.output(node)
-    sizes = at.input(node, 3) if node.op_type == "Resize" and at.opset >= 11 else None
-    given = at.array(node, 3) if sizes is not None else None
-    axes = node.attributes.get_ints("axes", ()) or range(len(x))
     for k in range(len(x)):
         if x.shape[k] != y.shape[k] or k >= 2:
             at.pin(x[k], node, "it is resized")
             at.pin(y[k], node, "it is resized")
-            continue
-        at.same(x[k], y[k], node)
-        if sizes is not None and given is None and k in axes:
-            at.pin_extent(node, 3, list(axes).index(k), y[k])
+        else:
+            at.same(x[k], y[k], node)
 
 
 @mends("Resize")
 def resize_sizes(node: ir.Node, mender: Mender) -> None:
-    """Written sizes follow the channels."""
+    """Sizes follow the channels."""
     if len(node.inputs) > 3 and node.inputs[3] is not None:
         axes = list(node.attributes.get_ints("axes", ()) or range(len(mender.shape(node.outputs[0]))))
-        mender.set_extents(node, 3, {axes.index(k): p for k in axes if (p := mender.output(node, k)) is not None})
+        kept = {place: mender.output(node, k) for place, k in enumerate(axes)}
+        mender.set_extents(node, 3, {place: len(p) for place, p in kept.items() if p is not None})
 
 
 @rule("DepthToSpace", "SpaceToDepth")

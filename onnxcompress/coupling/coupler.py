@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -23,13 +23,16 @@ from onnxcompress.coupling.groups import Pin, Reader
 from onnxcompress.errors import CouplingError
 from onnxcompress.view import GraphView
 
-__all__ = ["PRIVATE", "Coupler", "Operand", "written"]
+__all__ = ["CONSEQUENCES", "PRIVATE", "Coupler", "Operand"]
 
 PRIVATE = 1 << 16
 """A weight of at most so many elements that several nodes read is copied for each, so that they are free."""
 
 Indices = npt.NDArray[np.int64]
-_REGROUPED = "it regroups positions in a way that cannot be told apart"
+_REGROUPED = "two operators split it into blocks that do not nest"
+_APART = "parts of it are taken across the blocks it is split into"
+CONSEQUENCES = (_REGROUPED, _APART)
+"""Reasons that follow from what several operators say, and so tell less than others."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +97,15 @@ class Coupler:
     Attributes:
         opset: of the standard operators.
         readers: linear operators, as they told.
+        apart: readers that work on blocks one by one, and the axis of the blocks: along that they do not sum.
+        units: what positions are called, by axis, where a rule knows.
     """
 
     def __init__(self, view: GraphView, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.view, self.opset = view, view.opset
         self.readers: list[Reader] = []
+        self.apart: dict[Reader, Axis] = {}
+        self.units: dict[Axis, str] = {}
         self.pins: list[Pin] = []
         self._shapes = shapes
         self._sizes: dict[Axis, int] = {}
@@ -154,26 +161,11 @@ class Coupler:
         """Any tensor that is no weight."""
         return self._operand(value, "", False)
 
-    def extent(self, node: ir.Node, index: int, place: int) -> int | None:
-        """An element of a list of extents at an input, where it is written down: a constant, or one in a Concat."""
-        pieces = self._pieces(node, index)
-        return pieces[place] if pieces is not None and place < len(pieces) else None
-
     def length(self, node: ir.Node, index: int) -> int | None:
-        """Elements of a list at an input."""
-        pieces = self._pieces(node, index)
-        return None if pieces is None else len(pieces)
-
-    def pin_extent(self, node: ir.Node, index: int, place: int, axis: Axis) -> None:
-        """Pins an axis whose extent is computed."""
-        if self.extent(node, index, place) is None:
-            self.pin(axis, node, "its extent is computed")
-
-    def _pieces(self, node: ir.Node, index: int) -> list[int | None] | None:
+        """Elements of a list at an input; None if that is not known."""
         value = node.inputs[index] if index < len(node.inputs) else None
-        if value is None:
-            return None
-        return written(value, self.shape)
+        shape = None if value is None else self.shape(value)
+        return shape[0] if shape is not None and len(shape) == 1 else None
 
     def pick_fixed(self, whole: Axis, position: int, node: ir.Node, reason: str) -> None:
         """One position of an axis has to stay."""
@@ -196,10 +188,19 @@ class Coupler:
 
     # --- what rules say --------------------------------------------------------------------------
 
-    def virtual(self, node: ir.Node, what: str, size: int) -> Axis:
-        """An axis of no tensor: a number of groups, of gates."""
+    def virtual(self, node: ir.Node, what: str, size: int, unit: str = "") -> Axis:
+        """An axis of no tensor: a number of groups, of gates.
+
+        Args:
+            node: has it.
+            what: tells it from others of the node.
+            size: how many.
+            unit: what they are called, in the plural, where the group has them.
+        """
         axis = Axis(f"{node.name}:{what}", -1)
         self._sizes[axis] = size
+        if unit:
+            self.units[axis] = unit
         return axis
 
     def same(self, a: Axis, b: Axis, node: ir.Node | None = None) -> None:
@@ -267,9 +268,23 @@ class Coupler:
                 for axis in self._operand(value, "", False).axes:
                     self.pin(axis, node, reason)
 
-    def sums(self, node: ir.Node, index: int, weight: Axis, data: Axis | None, outputs: int) -> None:
-        """The weight at an input is summed over along an axis: it can make up for what is removed."""
-        self.readers.append(Reader(str(node.name), index, weight, data, outputs))
+    def sums(
+        self, node: ir.Node, index: int, weight: Axis, data: Axis | None, outputs: int, apart: Axis | None = None
+    ) -> None:
+        """The weight at an input is summed over along an axis: it can make up for what is removed.
+
+        Args:
+            node: multiplies.
+            index: the weight's place among its inputs.
+            weight: the axis summed over.
+            data: that of what it is multiplied with; None where there is no such value, or just a part of it.
+            outputs: the axis of the weight that makes the output.
+            apart: the blocks, if it sums over each of them for itself.
+        """
+        reader = Reader(str(node.name), index, weight, data, outputs)
+        self.readers.append(reader)
+        if apart is not None:
+            self.apart[reader] = apart
 
     def _add(self, statement: _Same | _Pick) -> None:
         number = len(self._statements)
@@ -406,33 +421,7 @@ class Coupler:
         if small[0] > 1:
             self._link(graph, Factor(part, 0), Factor(whole, level), maps, statement.node)
         for place in range(level):
-            reason = "its parts are told apart there"
-            graph.nodes[Factor(whole, place)]["pins"].append(Pin(whole, statement.node, reason))
-
-
-def written(value: ir.Value, shape: Callable[[ir.Value], tuple[int, ...] | None]) -> list[int | None] | None:
-    """A list of integers as far as it is written down: a constant, or a Concat of constants and what is computed.
-
-    Args:
-        value: the list.
-        shape: tells the shape of a computed piece.
-    """
-    if value.const_value is not None:
-        return [int(v) for v in value.const_value.numpy().reshape(-1)]
-    producer = value.producer()
-    if producer is None or producer.op_type != "Concat":
-        return None
-    found: list[int | None] = []
-    for piece in producer.inputs:
-        if piece is None:
-            return None
-        if piece.const_value is not None:
-            found += [int(v) for v in piece.const_value.numpy().reshape(-1)]
-        elif (extents := shape(piece)) is not None and len(extents) == 1:
-            found += [None] * extents[0]
-        else:
-            return None
-    return found
+            graph.nodes[Factor(whole, place)]["pins"].append(Pin(whole, statement.node, _APART))
 
 
 def _constant(values: Indices) -> bool:

@@ -111,7 +111,8 @@ class Group:
         return not self.free
 
     def why_fixed(self) -> str:
-        """The first reasons, in words."""
-        return "; ".join(str(pin) for pin in self.pins[:2]) + (
-            f"; and {n} more" if (n := len(self.pins) - 2) > 0 else ""
-        )
+        """The first reasons, in words; the same one of another node is not said again."""
+        reasons = list({pin.reason: pin for pin in reversed(self.pins)}.values())[::-1]
+        reasons.sort(key=self.pins.index)
+        more = len(reasons) - 2
+        return "; ".join(map(str, reasons[:2])) + (f"; and {more} more" if more > 0 else "")

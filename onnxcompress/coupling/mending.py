@@ -10,7 +10,6 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxcompress.coupling.axes import Axis
-from onnxcompress.coupling.coupler import written
 from onnxcompress.errors import CouplingError
 from onnxcompress.rewrite import Rewriter
 
@@ -32,6 +31,7 @@ class Mender:
 
     def __init__(self, rewriter: Rewriter, kept: Mapping[Axis, Indices], sizes: Mapping[Axis, int]) -> None:
         self.rewriter = rewriter
+        self.replaced: list[ir.Node] = []
         self._kept, self._sizes = kept, sizes
 
     def input(self, node: ir.Node, index: int, axis: int) -> Indices | None:
@@ -76,30 +76,105 @@ class Mender:
         found = self.array(node, index)
         return None if found is None else [int(v) for v in found.reshape(-1).tolist()]
 
-    def length(self, node: ir.Node, index: int) -> int:
-        """Elements of a list of extents at an input."""
-        value = node.inputs[index]
-        found = None if value is None else self._written(value)
-        if found is None:
-            raise CouplingError(f"input {index} of {node.op_type} {node.name!r} is computed", hint="report this model")
-        return len(found)
+    def set_extents(self, node: ir.Node, index: int, sizes: Mapping[int, int]) -> None:
+        """Writes numbers over some elements of a list of extents, wherever the rest of it comes from.
 
-    def set_extents(self, node: ir.Node, index: int, changes: Mapping[int, Indices], keep: Sequence[int] = ()) -> None:
-        """Gives some elements of a list of extents the number of positions kept.
+        What shrinks is tied to a weight, so its extent is the same in every run and can be written down.
 
         Args:
             node: reads the list.
             index: at this input.
-            changes: by place in the list, positions kept.
-            keep: elements that say something else ("copy", "as many as fit") and stay.
+            sizes: new extents by place in the list.
         """
         value = node.inputs[index]
-        old = None if value is None else self._written(value)
-        if old is None:
-            raise CouplingError(f"input {index} of {node.op_type} {node.name!r} is computed", hint="report this model")
-        new = [len(changes[k]) if k in changes and e not in (None, *keep) else None for k, e in enumerate(old)]
-        if any(e is not None for e in new):
-            self._write(node, index, new)
+        if value is None or not sizes:
+            return
+        old = self.ints(node, index)
+        if old is not None:
+            self.set_ints(node, index, [sizes.get(k, e) for k, e in enumerate(old)])
+            return
+        places = self._pieces(value)
+        if places is not None and all(len(run) == 1 for run in places if any(k in sizes for k in run)):
+            self._rewrite_concat(node, index, places, sizes)
+            return
+        self.rewriter.set_input(node, index, self._overwritten(value, sizes, before=node))
+
+    def _pieces(self, value: ir.Value) -> list[range] | None:
+        """Places in a list that the inputs of the Concat behind it fill; None if there is none."""
+        producer = value.producer()
+        if producer is None or producer.op_type != "Concat" or any(v is None for v in producer.inputs):
+            return None
+        found: list[range] = []
+        for piece in producer.inputs:
+            shape = self.shape(piece)
+            if len(shape) != 1:
+                return None
+            start = found[-1].stop if found else 0
+            found.append(range(start, start + shape[0]))
+        return found
+
+    def _rewrite_concat(self, node: ir.Node, index: int, places: Sequence[range], sizes: Mapping[int, int]) -> None:
+        value = node.inputs[index]
+        producer = None if value is None else value.producer()
+        if value is None or producer is None:
+            return
+        inputs = [
+            self._extents([sizes[run.start]], node, value.dtype) if len(run) == 1 and run.start in sizes else piece
+            for run, piece in zip(places, producer.inputs, strict=True)
+        ]
+        (fresh,) = self.rewriter.insert(
+            "Concat", inputs, {"axis": 0}, before=node, dtype=value.dtype, shape=value.shape
+        )
+        self.rewriter.set_input(node, index, fresh)
+        self.replaced.append(producer)
+
+    def _overwritten(
+        self, value: ir.Value, sizes: Mapping[int, int], *, before: ir.Node | None = None, after: ir.Node | None = None
+    ) -> ir.Value:
+        like = before if before is not None else after
+        if like is None:
+            raise CouplingError("a list of extents is written nowhere", hint="report this model")
+        count = self.shape(value)[0]
+        mask = np.array([k in sizes for k in range(count)])
+        numbers = self._extents([sizes.get(k, 0) for k in range(count)], like, value.dtype)
+        where = self.rewriter.constant(mask, f"{like.name}_known", like=like)
+        (fresh,) = self.rewriter.insert(
+            "Where", [where, numbers, value], before=before, after=after, dtype=value.dtype, shape=value.shape
+        )
+        return fresh
+
+    def _extents(self, sizes: Sequence[int], like: ir.Node, dtype: ir.DataType | None) -> ir.Value:
+        kind = np.int32 if dtype == ir.DataType.INT32 else np.int64
+        return self.rewriter.constant(np.array(sizes, kind), f"{like.name}_extent", like=like)
+
+    def freeze(self, node: ir.Node, sizes: Mapping[int, int]) -> None:
+        """Elements of a list that a Shape makes go on saying what they said; who needs the new says so itself.
+
+        Args:
+            node: a Shape.
+            sizes: old extents by place in its output.
+        """
+        output = node.outputs[0]
+        count = self.shape(output)[0]
+        rest: list[ir.Node] = []
+        for use in tuple(output.uses()):
+            reader = use.node
+            chosen = self.ints(reader, 1) if reader.op_type == "Gather" and use.idx == 0 else None
+            if chosen is None or reader.outputs[0].is_graph_output() or any(k % count not in sizes for k in chosen):
+                rest.append(reader)
+                continue
+            values = np.array([sizes[k % count] for k in chosen], np.int64).reshape(np.shape(self.array(reader, 1)))
+            self.rewriter.replace_uses(
+                reader.outputs[0], self.rewriter.constant(values, f"{reader.name}_extent", like=reader)
+            )
+            self.replaced.append(reader)
+        if output.is_graph_output():
+            fresh = self._overwritten(output, sizes, after=node)
+            self.rewriter.replace_uses(output, fresh, keep=[n for n in (fresh.producer(),) if n is not None])
+        elif rest:
+            self.rewriter.replace_uses(output, self._overwritten(output, sizes, after=node), only=rest)
+        else:
+            self.replaced.append(node)
 
     def set_ints(self, node: ir.Node, index: int, new: Sequence[int]) -> None:
         """Gives a constant list of integers new values, leaving other readers theirs."""
@@ -108,36 +183,3 @@ class Mender:
         self.rewriter.set_weight(
             node, index, np.asarray(new, dtype).reshape(np.shape(old) if old is not None else (-1,))
         )
-
-    def _written(self, value: ir.Value) -> list[int | None] | None:
-        return written(value, self.shape)
-
-    def _write(self, node: ir.Node, index: int, new: Sequence[int | None]) -> None:
-        """Replaces elements of a constant, or constants in a Concat; None leaves the old."""
-        value = node.inputs[index]
-        producer = None if value is None else value.producer()
-        if value is None or value.const_value is not None or producer is None:
-            self.set_ints(node, index, _over(self.array(node, index), new))
-            return
-        inputs: list[ir.Value | None] = []
-        place = 0
-        for piece in producer.inputs:
-            tensor = None if piece is None else piece.const_value
-            count = int(tensor.size) if tensor is not None else self.shape(piece)[0]
-            wanted = new[place : place + count]
-            place += count
-            if tensor is not None and any(e is not None for e in wanted):
-                array = np.asarray(_over(tensor.numpy(), wanted), tensor.numpy().dtype)
-                inputs.append(self.rewriter.constant(array, f"{node.name}_extent", like=node))
-            else:
-                inputs.append(piece)
-        (fresh,) = self.rewriter.insert(
-            "Concat", inputs, {"axis": 0}, before=node, dtype=value.dtype, shape=value.shape
-        )
-        self.rewriter.set_input(node, index, fresh)
-        self.rewriter.remove_unused(producer)
-
-
-def _over(old: npt.NDArray[np.generic] | None, new: Sequence[int | None]) -> list[int]:
-    before = [0] * len(new) if old is None else [int(v) for v in np.asarray(old).reshape(-1).tolist()]
-    return [b if n is None else n for b, n in zip(before, new, strict=True)]

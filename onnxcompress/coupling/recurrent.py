@@ -19,19 +19,19 @@ def recurrent(node: ir.Node, at: Coupler) -> None:
     """
     x, w, r = at.data(node), at.data(node, 1), at.data(node, 2)
     gates = _GATES[node.op_type]
-    units = at.virtual(node, "hidden units", r.shape[2])
+    units = at.virtual(node, "hidden units", r.shape[2], "hidden units")
     batch_first = node.attributes.get_int("layout", 0) == 1
     at.same(x[2], w[2], node)
     at.same(r[2], units, node)
     for operand, count, what in ((w, gates, "gates of W"), (r, gates, "gates of R")):
-        many = at.virtual(node, what, count)
+        many = at.virtual(node, what, count, "gates")
         at.pin(many, node, "gates stay")
         at.product([operand[1]], [many, units], node)
         at.pin(operand[0], node, "both directions stay")
     for index, count, what in ((3, 2 * gates, "gates of B"), (7, 3, "peepholes")):
         constant = at.input(node, index)
         if constant is not None:
-            many = at.virtual(node, what, count)
+            many = at.virtual(node, what, count, "gates")
             at.pin(many, node, "gates stay")
             at.product([constant[1]], [many, units], node)
             at.pin(constant[0], node, "both directions stay")

@@ -103,6 +103,7 @@ def remove(coupling: Coupling, keeps: Mapping[Group, Mask], rewriter: Rewriter) 
         rule = rule_of(node)
         if rule is not None and rule.mend is not None:
             rule.mend(node, mender)
+    rewriter.remove_unused(*mender.replaced)
     _slice_weights(kept, rewriter, touched)
     _set_shapes(kept, rewriter)
     return kept

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.coupling.axes import regroup
@@ -13,31 +12,31 @@ from onnxcompress.coupling.rules import mends, rule
 
 @rule("Reshape")
 def reshape(node: ir.Node, at: Coupler) -> None:
-    """Axes split into factors and join; an extent that is computed cannot follow."""
+    """Axes split into factors and join."""
     x, y = at.data(node), at.output(node)
     at.reshaped(x, y, node)
     runs = list(regroup(x.shape, y.shape))
-    alone = {right[0]: left[0] for left, right in runs if len(left) == len(right) == 1}
-    covered = {j for _, right in runs for j in right}
-    for operand, places in ((x, {i for left, _ in runs for i in left}), (y, covered)):
+    for operand, places in ((x, {i for left, _ in runs for i in left}), (y, {j for _, right in runs for j in right})):
         for k in range(len(operand)):
             if k not in places:
                 at.pin(operand[k], node, "Reshape mixes it with others")
-    for k in range(len(y)):
-        extent = at.extent(node, 1, k)
-        if extent == 0 and not node.attributes.get_int("allowzero", 0):
-            if alone.get(k) != k:
-                at.pin(y[k], node, "its extent is copied from another axis")
-        elif extent is None:
-            at.pin(y[k], node, "its extent is computed")
 
 
 @mends("Reshape")
 def reshape_target(node: ir.Node, mender: Mender) -> None:
-    """Written extents follow."""
-    shape = mender.shape(node.outputs[0])
-    changes = {k: p for k in range(len(shape)) if (p := mender.output(node, k)) is not None}
-    mender.set_extents(node, 1, changes, keep=(0, -1))
+    """Extents follow; one that is copied from an axis with other positions is written down."""
+    before, after = mender.shape(node.inputs[0]), mender.shape(node.outputs[0])
+    sizes = {k: len(p) for k in range(len(after)) if (p := mender.output(node, k)) is not None}
+    old = mender.ints(node, 1)
+    for k, extent in enumerate(old or ()):
+        if extent == -1 or (extent == 0 and k not in sizes and mender.input(node, 0, k) is None):
+            sizes.pop(k, None)
+        elif extent == 0 and not node.attributes.get_int("allowzero", 0) and k < len(before):
+            kept = mender.input(node, 0, k)
+            left = before[k] if kept is None else len(kept)
+            if sizes.setdefault(k, after[k]) == left:
+                del sizes[k]
+    mender.set_extents(node, 1, sizes)
 
 
 @rule("Flatten")
@@ -65,76 +64,61 @@ def transpose(node: ir.Node, at: Coupler) -> None:
         at.same(x[source], y[k], node)
 
 
-@rule("Shape", "Size")
+@rule("Shape")
 def shape(node: ir.Node, at: Coupler) -> None:
-    """Extents somebody picks out of a shape must stay; a shape-only reader of others minds nothing."""
-    x = at.data(node)
-    start = node.attributes.get_int("start", 0) % (len(x) + 1) if len(x) else 0
-    end = node.attributes.get_int("end", len(x))
-    read = set(range(len(x))[slice(start, end)]) if node.op_type == "Shape" else set(range(len(x)))
-    if node.op_type == "Shape" and not at.view.is_output(node.outputs[0]):
-        picked: set[int] = set()
-        for reader, index in at.view.consumers(node.outputs[0]):
-            chosen = _picked(reader, index, at, sorted(read))
-            if chosen is None:
-                picked = read
-                break
-            picked |= chosen
-        read = picked
-    for k in read:
-        at.pin(x[k], node, "its extent is read by Shape")
+    """Says nothing: what shrinks is tied to a weight, so its old extent is a constant that can stand in."""
+    at.data(node)
+    at.output(node)
 
 
-def _picked(reader: ir.Node, index: int, at: Coupler, read: list[int]) -> set[int] | None:
-    """Which extents a reader takes; None if that is not clear."""
-    if index != 0 or reader.op_type not in ("Gather", "Slice"):
-        return None
-    if reader.op_type == "Gather":
-        chosen = at.array(reader, 1)
-        return None if chosen is None else {read[int(i)] for i in np.asarray(chosen).reshape(-1)}
-    starts, ends, steps = (at.array(reader, i) for i in (1, 2, 4))
-    if starts is None or ends is None or (steps is None and len(reader.inputs) > 4 and reader.inputs[4] is not None):
-        return None
-    step = 1 if steps is None else int(np.asarray(steps).reshape(-1)[0])
-    bounds = slice(int(np.asarray(starts).reshape(-1)[0]), int(np.asarray(ends).reshape(-1)[0]), step)
-    return set(read[bounds])
+@mends("Shape")
+def old_shape(node: ir.Node, mender: Mender) -> None:
+    """Readers still see the old extents; those that mean the new ones are mended themselves."""
+    before = mender.shape(node.inputs[0])
+    places = list(range(len(before)))[node.attributes.get_int("start", 0) : node.attributes.get_int("end", len(before))]
+    sizes = {place: before[k] for place, k in enumerate(places) if mender.input(node, 0, k) is not None}
+    if sizes:
+        mender.freeze(node, sizes)
+
+
+@rule("Size")
+def size(node: ir.Node, at: Coupler) -> None:
+    """The number of elements depends on all extents."""
+    for axis in at.data(node).axes:
+        at.pin(axis, node, "Size counts its positions")
 
 
 @rule("ConstantOfShape")
 def constant_of_shape(node: ir.Node, at: Coupler) -> None:
-    """All elements are equal, so positions go wherever the extent is written down."""
-    y = at.output(node)
-    for k in range(len(y)):
-        if at.extent(node, 0, k) is None:
-            at.pin(y[k], node, "its extent is computed")
+    """All elements are equal, so any positions may go."""
+    at.output(node)
 
 
 @mends("ConstantOfShape")
 def constant_of_fewer(node: ir.Node, mender: Mender) -> None:
-    """Written extents follow."""
+    """Extents follow."""
     rank = len(mender.shape(node.outputs[0]))
-    mender.set_extents(node, 0, {k: p for k in range(rank) if (p := mender.output(node, k)) is not None})
+    mender.set_extents(node, 0, {k: len(p) for k in range(rank) if (p := mender.output(node, k)) is not None})
 
 
 @rule("Expand")
 def expand(node: ir.Node, at: Coupler) -> None:
-    """Axes are the same from the right; one of size 1 is repeated as often as is written."""
+    """Axes are the same from the right; one of size 1 is repeated as often as the list says."""
     x, y = at.data(node), at.output(node)
     at.elementwise(node, [x], y)
-    length = at.length(node, 1)
-    for k in range(1, len(y) + 1):
-        inside = length is not None and k <= length
-        extent = at.extent(node, 1, length - k) if length is not None and inside else None
-        if length is None or (inside and extent is None):
-            at.pin(y[-k], node, "its extent is computed")
+    if at.length(node, 1) is None:
+        at.pin_all(node, "the length of the shape it is expanded to is not known")
 
 
 @mends("Expand")
 def expand_less(node: ir.Node, mender: Mender) -> None:
-    """Written extents follow."""
-    rank, length = len(mender.shape(node.outputs[0])), mender.length(node, 1)
+    """Extents follow, but for 1, which repeats nothing."""
+    rank, length = len(mender.shape(node.outputs[0])), mender.shape(node.inputs[1])[0]
     changes = {k - (rank - length): p for k in range(rank) if (p := mender.output(node, k)) is not None}
-    mender.set_extents(node, 1, {k: p for k, p in changes.items() if k >= 0}, keep=(1,))
+    old = mender.ints(node, 1)
+    mender.set_extents(
+        node, 1, {k: len(p) for k, p in changes.items() if k >= 0 and (old is None or old[k] != 1)}
+    )
 
 
 @rule("Tile")
