@@ -245,7 +245,10 @@ def _group(
     pins.sort(key=lambda p: (p.reason in CONSEQUENCES, p.node != "", order.get(p.node, -1)))
     parts = tuple(Part(f, atoms[f]) for f in component)
     unit = _unit(parts, coupler, weights, readers, makers)
-    return Group(in_order[0], unit, count, parts, fixed, tuple(pins), in_order, tuple(readers), tuple(makers))
+    apart = dict.fromkeys(name for f in component for name in coupler.unweighted.get(f.axis, ()))
+    return Group(
+        in_order[0], unit, count, parts, fixed, tuple(pins), in_order, tuple(readers), tuple(makers), tuple(apart)
+    )
 
 
 def _atoms(component: list[Factor], sizes: Mapping[Factor, int], graph: nx.Graph) -> tuple[dict[Factor, Indices], int]:

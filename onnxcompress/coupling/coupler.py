@@ -107,6 +107,7 @@ class Coupler:
         self.apart: dict[Reader, Axis] = {}
         self.units: dict[Axis, str] = {}
         self.pins: list[Pin] = []
+        self.unweighted: dict[Axis, list[str]] = {}
         self._shapes = shapes
         self._sizes: dict[Axis, int] = {}
         self._chains: dict[Axis, Strides] = {}
@@ -267,6 +268,11 @@ class Coupler:
             if value.name and self.shape(value) is not None:
                 for axis in self._operand(value, "", False).axes:
                     self.pin(axis, node, reason)
+
+    def sums_data(self, node: ir.Node, *axes: Axis) -> None:
+        """A node sums over axes of computed values, so that no weight can make up for what is removed."""
+        for axis in axes:
+            self.unweighted.setdefault(axis, []).append(str(node.name))
 
     def sums(
         self, node: ir.Node, index: int, weight: Axis, data: Axis | None, outputs: int, apart: Axis | None = None

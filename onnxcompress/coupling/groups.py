@@ -83,6 +83,7 @@ class Group:
         nodes: names of the nodes concerned, in execution order.
         readers: linear operators that sum over it.
         makers: axes of weights and other constants that are not summed over.
+        unweighted: names of the nodes that sum over it without a weight (queries times keys).
     """
 
     key: str
@@ -94,6 +95,7 @@ class Group:
     nodes: tuple[str, ...]
     readers: tuple[Reader, ...]
     makers: tuple[Axis, ...]
+    unweighted: tuple[str, ...] = ()
     _extra: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @cached_property

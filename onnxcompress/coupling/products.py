@@ -33,6 +33,8 @@ def matmul(node: ir.Node, at: Coupler) -> None:
         at.sums(node, 1, inner_b, inner_a, columns.dim)
     elif a.constant and len(a) == 2 and rows is not None:
         at.sums(node, 0, inner_a, inner_b, rows.dim)
+    else:
+        at.sums_data(node, inner_a, inner_b)
 
 
 @rule("Gemm")
@@ -47,6 +49,8 @@ def gemm(node: ir.Node, at: Coupler) -> None:
     at.same(columns, y[1], node)
     if b.constant:
         at.sums(node, 1, inner_b, inner_a, columns.dim)
+    else:
+        at.sums_data(node, inner_a, inner_b)
     at.elementwise(node, [at.input(node, 2)], y)
 
 
@@ -71,6 +75,8 @@ def einsum(node: ir.Node, at: Coupler) -> None:
                 at.same(axis, other, node)
             first[name].append(axis)
     summed = {c for c in "".join(terms) if c.isalpha()} - set(right)
+    if not any(operand.constant for operand in operands):
+        at.sums_data(node, *(first[letter][0] for letter in sorted(summed)))
     for i, (term, operand) in enumerate(zip(terms, operands, strict=True)):
         if operand.constant and len(terms) == 2 and len(operand) == 2 and len(set(term) & summed) == 1:
             letter = next(iter(set(term) & summed))

@@ -116,9 +116,7 @@ def expand_less(node: ir.Node, mender: Mender) -> None:
     rank, length = len(mender.shape(node.outputs[0])), mender.shape(node.inputs[1])[0]
     changes = {k - (rank - length): p for k in range(rank) if (p := mender.output(node, k)) is not None}
     old = mender.ints(node, 1)
-    mender.set_extents(
-        node, 1, {k: len(p) for k, p in changes.items() if k >= 0 and (old is None or old[k] != 1)}
-    )
+    mender.set_extents(node, 1, {k: len(p) for k, p in changes.items() if k >= 0 and (old is None or old[k] != 1)})
 
 
 @rule("Tile")
