@@ -36,8 +36,13 @@ __all__ = ["RIDGE", "Refit", "lost", "refit", "refit_with_bias", "scale_of"]
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.intp]
 
-RIDGE = 1e-4
-"""Default, relative to the mean second moment of a feature."""
+RIDGE = 1e-2
+"""Default, relative to the mean second moment of a feature.
+
+Of 1e-6..1e-1 the best or within a few per cent of it on samples held out, in 12 layers of three real
+networks, wherever rows were at least 5 for each feature: less changes nothing there, 0.1 loses up to a
+half. With 0.7 to 3 rows a feature 0.1 was up to a third better, and 1e-4 up to twice as bad.
+"""
 
 
 class Refit(NamedTuple):
