@@ -27,11 +27,15 @@ class Mender:
         rewriter: edits the model.
         kept: positions kept of every axis that shrinks, ascending.
         sizes: positions of every axis before.
+
+    Attributes:
+        replaced: nodes whose outputs somebody else gives now; they go at the end if nobody reads them.
     """
 
     def __init__(self, rewriter: Rewriter, kept: Mapping[Axis, Indices], sizes: Mapping[Axis, int]) -> None:
         self.rewriter = rewriter
         self.replaced: list[ir.Node] = []
+        self._lists: dict[str, int] = {}
         self._kept, self._sizes = kept, sizes
 
     def input(self, node: ir.Node, index: int, axis: int) -> Indices | None:
@@ -60,6 +64,8 @@ class Mender:
         Raises:
             CouplingError: it is not known.
         """
+        if value is not None and str(value.name) in self._lists:
+            return (self._lists[str(value.name)],)
         found = [] if value is None else [self._sizes.get(Axis(str(value.name), k)) for k in range(_MOST_AXES)]
         shape = tuple(itertools.takewhile(lambda size: size is not None, found))
         if value is None or not shape:
@@ -141,6 +147,7 @@ class Mender:
         (fresh,) = self.rewriter.insert(
             "Where", [where, numbers, value], before=before, after=after, dtype=value.dtype, shape=value.shape
         )
+        self._lists[str(fresh.name)] = count
         return fresh
 
     def _extents(self, sizes: Sequence[int], like: ir.Node, dtype: ir.DataType | None) -> ir.Value:
