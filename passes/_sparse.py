@@ -28,10 +28,10 @@ Array = npt.NDArray[np.float64]
 
 _BLOCK = 128
 _DAMPING = 0.1
-"""Added to the diagonal of S, as a share of its mean.
+"""Added to the diagonal of S, as a share of the geometric mean of the feature's power and the mean power.
 
-Loss on samples that were held out, of 0.001 to 1: best or within 3 % of it for the layers of a sentence encoder and of
-an image classifier; SparseGPT's 0.01 is 11 % worse for the second.
+Loss on samples that were held out decided (docs/decisions.md): SparseGPT's share of the mean power drowns small features
+where few are large, a share of a feature's own power trusts few samples with quiet ones.
 """
 
 
@@ -122,8 +122,8 @@ def _upper(moments: Array, dead: npt.NDArray[np.bool_]) -> Array:
     """Upper triangular U with U^T U = (S + damping)^-1."""
     damped = np.array(moments, np.float64)
     damped[dead, dead] = 1.0
-    alive = np.diagonal(damped).mean()
-    damped[np.diag_indices_from(damped)] += _DAMPING * alive
+    power = np.diagonal(damped).copy()
+    damped[np.diag_indices_from(damped)] += _DAMPING * np.sqrt(power * power.mean())
     inverse, failed = lapack.dpotri(cholesky(damped, lower=True), lower=1)
     if failed:
         raise PassError("second moments have no inverse", hint="this is a bug; please report it")
