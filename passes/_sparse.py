@@ -30,7 +30,7 @@ _BLOCK = 128
 _DAMPING = 0.1
 """Added to the diagonal of S, as a share of the geometric mean of the feature's power and the mean power.
 
-Loss on samples that were held out decided (docs/decisions.md): SparseGPT's share of the mean power drowns small features
+Loss on samples held out decided (docs/decisions.md): SparseGPT's share of the mean power drowns small features
 where few are large, a share of a feature's own power trusts few samples with quiet ones.
 """
 
