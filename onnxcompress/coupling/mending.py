@@ -64,6 +64,8 @@ class Mender:
         Raises:
             CouplingError: it is not known.
         """
+        if value is not None and value.const_value is not None:
+            return tuple(int(d) for d in value.const_value.shape.numpy())
         if value is not None and str(value.name) in self._lists:
             return (self._lists[str(value.name)],)
         found = [] if value is None else [self._sizes.get(Axis(str(value.name), k)) for k in range(_MOST_AXES)]
