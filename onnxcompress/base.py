@@ -229,9 +229,7 @@ class Pass(ABC):
             Skip: on a second look it cannot be made; nothing may have been edited by then.
         """
 
-    def apply_all(
-        self, choices: Sequence[Choice], rewriter: Rewriter, evidence: Evidence
-    ) -> Mapping[Choice, str]:
+    def apply_all(self, choices: Sequence[Choice], rewriter: Rewriter, evidence: Evidence) -> Mapping[Choice, str]:
         """Makes several choices; by default one after the other with :meth:`apply`.
 
         For passes whose choices meet in the same tensors, so that each has to know of the others.

@@ -348,15 +348,16 @@ class Costing:
         self._execution = Execution(self.prices.profile, self.view, self.shapes)
         self.prices = self.prices._settled(self._execution)
 
-    def reshaped(self, changes: Mapping[str, tuple[int, ...]]) -> Costing:
+    def reshaped(self, changes: Mapping[str, tuple[int, ...]], *, same_structure: bool = False) -> Costing:
         """The same model with other shapes; only nodes that read or make one of these values are priced anew.
 
         Args:
             changes: new shapes by value name.
+            same_structure: what runs inside what, and in which layout, is taken to stay; much faster.
         """
         other = copy.copy(self)
         other.shapes = {**self.shapes, **changes}
-        other._execution = self._execution.reshaped(changes)
+        other._execution = self._execution.reshaped(changes, same_structure=same_structure)
         other.prices = self.prices._settled(other._execution)
         kept = other._execution.inside is self._execution.inside and other.prices.gone == self.prices.gone
         rows = self._rows.items() if kept else ()

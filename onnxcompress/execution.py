@@ -71,7 +71,7 @@ class Execution:
             self._plain = layouts.plain
             self._work.clear()
 
-    def reshaped(self, changes: Mapping[str, tuple[int, ...]]) -> Execution:
+    def reshaped(self, changes: Mapping[str, tuple[int, ...]], *, same_structure: bool = False) -> Execution:
         """The same model with other shapes.
 
         What runs inside what hangs on ranks, channels and which shapes are equal; where only extents change it is
@@ -79,14 +79,17 @@ class Execution:
 
         Args:
             changes: new shapes by value name.
+            same_structure: the caller knows that what runs inside what stays; it is not looked at again.
         """
         shapes = {**self.shapes, **changes}
-        if any(_outline(self.shapes.get(name)) != _outline(shape) for name, shape in changes.items()):
+        if not same_structure and any(
+            _outline(self.shapes.get(name)) != _outline(shape) for name, shape in changes.items()
+        ):
             return Execution(self.profile, self.view, shapes)
         other = copy.copy(self)
         other.shapes = shapes
         touched = {n for n in self.view.nodes() if touches(n, changes)}
-        if any(self._relations(node) != other._relations(node) for node in touched):
+        if not same_structure and any(self._relations(node) != other._relations(node) for node in touched):
             return Execution(self.profile, self.view, shapes)
         other._work = {n: w for n, w in self._work.items() if n not in touched}
         return other

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -210,13 +210,14 @@ class Job:
     # --- one pass that changes outputs ---------------------------------------------------------
 
     def _lossy(self, model: ir.Model, pass_: Pass, *, by_hand: bool, float_only: bool) -> ir.Model:
-        view = GraphView(model)
+        shapes = self._shapes_of(model)
+        view = GraphView(model, shapes)
         offer = offers(pass_, view, self.target, synthetic=self.source.synthetic, float_only=float_only)
         if not offer.choices:
             self.rewrites.append(PassReport(pass_.name, pass_options(pass_), 0, "nothing to do", ""))
             self.sites += explain(pass_, offer, (), Plan({}, 0, 0, 0), Plan({}, 0, 0, 0), {}, {}, {}, view, (), "")
             return model
-        before, feed = self.cost.model(view, self.shapes).seconds, self.calibration.first()
+        before, feed = self.cost.model(view, shapes).seconds, self.calibration.first()
 
         def alone(choice: Choice) -> Effect | None:
             needs = set(pass_.needs(choice, view))
@@ -224,7 +225,7 @@ class Job:
             return effect(model, pass_, choice, evidence, self.cost, feed, before)
 
         required = self.target.required
-        questions, values, missing = ask(offer, view, self.cost, self.shapes, alone, integers_only=required)
+        questions, values, missing = ask(offer, view, self.cost, shapes, alone, integers_only=required)
         by_term = {t: o.choice for q in questions for o in q.options for t in o.choice.terms if t.kind == ALONE}
         floor = self.budget.min_sqnr_db
         noise = 10 ** (-(DEFAULT_MIN_SQNR_DB if floor is None else floor) / 10)
@@ -278,6 +279,12 @@ class Job:
         remark = pass_.remark if changed else found.problem
         self.rewrites.append(PassReport(pass_.name, pass_options(pass_), changed, outcome, remark))
         return found.built.model if found.built is not None else model
+
+    def _shapes_of(self, model: ir.Model) -> Mapping[str, tuple[int, ...]]:
+        """Measured shapes of a model; earlier passes may have changed those of the normalised one."""
+        if model is self.normalised:
+            return self.shapes
+        return value_shapes(model, self.calibration.first(), bodies=True)
 
     def _prices(
         self,

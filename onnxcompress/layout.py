@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from onnxcompress.profile_tables import Layout
 from onnxcompress.view import GraphView
-from onnxcompress.work import FAMILY, is_constant, text_of
+from onnxcompress.work import FAMILY, groups_of, is_constant, text_of
 
 __all__ = ["Layouts", "Reorder"]
 
@@ -158,8 +158,7 @@ class Layouts:
             return None
         if any(v is not None and not self.static(v) for v in node.inputs[1:]):
             return None  # weights are brought into blocks when the model is loaded
-        attribute = node.attributes.get("group")
-        group = 1 if attribute is None else attribute.as_int()
+        group = groups_of(node, self.shape(data), self.shape(node.outputs[0]), weight)
         outer, inner = weight[:2]
         if group > 1:
             if outer % self.layout.align:

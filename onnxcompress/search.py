@@ -190,7 +190,7 @@ class Search:
 
     def _measure(self, plan: Plan) -> bool:
         known = self.prices.keys() | self.impossible.keys()
-        new = sorted(_terms(plan) - known)
+        new = sorted(_terms(plan) - known, key=lambda t: (t.kind, t.subject))
         if not new:
             return False
         found = self.price(new, self.gather(tuple(plan.choices.values())), self.samples)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from onnxcompress import model as models
 from onnxcompress.base import Choice, Pass, Skip, Skipped
-from onnxcompress.errors import OnnxCompressError, PassContractError
+from onnxcompress.errors import OnnxCompressError
 from onnxcompress.evaluate import Reference, is_lossless
 from onnxcompress.report import Comparison, PassReport
 from onnxcompress.rewrite import Rewriter
@@ -41,29 +41,11 @@ def build(model: ir.Model, pass_: Pass, choices: Iterable[Choice], evidence: Evi
     """
     copy = models.clone(model)
     rewriter = Rewriter(copy)
-    made: list[Choice] = []
-    refused: list[Skipped] = []
-    for choice in choices:
-        edits = len(rewriter.log)
-        try:
-            pass_.apply(choice, rewriter, evidence)
-        except Skip as skip:
-            if len(rewriter.log) != edits:
-                raise PassContractError(
-                    f"pass {pass_.name!r} edited the model at {choice.site.key!r} and then refused: {skip.reason}"
-                ) from skip
-            refused.append(Skipped(choice.site.key, skip.reason))
-        except OnnxCompressError:
-            raise
-        except Exception as error:  # a pass may be anybody's code: say whose and where
-            raise PassContractError(
-                f"pass {pass_.name!r} broke at {choice.site.key!r}: {type(error).__name__}: {error}",
-                hint="report it to the author of the pass",
-            ) from error
-        else:
-            made.append(choice)
+    wanted = tuple(choices)
+    refused = pass_.apply_all(wanted, rewriter, evidence)
     rewriter.drop_unused_weights()
-    return Built(copy, tuple(made), tuple(refused))
+    made = tuple(c for c in wanted if c not in refused)
+    return Built(copy, made, tuple(Skipped(c.site.key, reason) for c, reason in refused.items()))
 
 
 @dataclass(frozen=True)

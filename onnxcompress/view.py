@@ -56,10 +56,14 @@ class GraphView:
     Args:
         model: a model as :func:`onnxcompress.model.load` gives it (unique node names, constants
             lifted to initializers).
+        observed: concrete shapes by value name as seen in a run, where there was one.
+
+    Attributes:
+        observed: the same; None without a run.
     """
 
-    def __init__(self, model: ir.Model) -> None:
-        self._model = model
+    def __init__(self, model: ir.Model, observed: Mapping[str, tuple[int, ...]] | None = None) -> None:
+        self._model, self.observed = model, observed
         self._revision = _revision(model)
         self._derived: dict[Hashable, Any] = {}
         self._nodes = tuple(model.graph.all_nodes())

@@ -304,8 +304,7 @@ def _convolution(node: ir.Node, look: _Look, common: _Common) -> NodeWork:
     kind = "conv_transpose" if transposed else "conv"
     if weight is None or len(weight) < 3:
         return common.work(kind, known=False)
-    attribute = node.attributes.get("group")
-    group = 1 if attribute is None else attribute.as_int()
+    group = groups_of(node, data, out, weight)
     taps = math.prod(weight[2:])
     inner, outer = (weight[0] // group, weight[1]) if transposed else (weight[1], weight[0] // group)
     if not transposed:
@@ -322,6 +321,16 @@ def _convolution(node: ir.Node, look: _Look, common: _Common) -> NodeWork:
         segments=(pixels or 0) * taps * group // max(out[-1] if out else 1, 1),
         segments_nhwc=(pixels or 0) * group * (taps if inner > _FEW else weight[2] if len(weight) > 3 else 1),
     )  # fmt: skip
+
+
+def groups_of(node: ir.Node, data: tuple[int, ...] | None, out: tuple[int, ...] | None, weight: tuple[int, ...]) -> int:
+    """Groups of a convolution of these shapes; where channels were taken away, the attribute still tells the old."""
+    attribute = node.attributes.get("group")
+    group = 1 if attribute is None else attribute.as_int()
+    channels = out if node.op_type == "ConvTranspose" else data
+    if group == 1 or channels is None or len(channels) < 2 or channels[1] % max(weight[1], 1):
+        return group
+    return max(channels[1] // max(weight[1], 1), 1)
 
 
 def _convolution_kind(inner: int, outer: int, group: int, taps: int) -> str:

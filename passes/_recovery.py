@@ -1,0 +1,167 @@
+"""Cutting groups down and making the weights that read them up for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from threadpoolctl import threadpool_limits
+
+from onnxcompress.coupling import Axis, Coupling, Group, Reader, remove
+from onnxcompress.coupling.removal import kept_positions
+from onnxcompress.passes._constant_sum import absorb
+from onnxcompress.passes._int8 import gate
+from onnxcompress.passes._readers import bias_place, linears, need_of
+from onnxcompress.passes._refit import refit, refit_with_bias
+from onnxcompress.rewrite import Rewriter
+from onnxcompress.statistics import Evidence, Need
+from onnxcompress.view import GraphView
+
+__all__ = ["behind_switch", "can_simulate", "cut_down", "needs"]
+
+Array = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.int64]
+
+
+def needs(group: Group, view: GraphView) -> Iterable[Need]:
+    """What has to be observed to refit the readers of a group."""
+    found = (need_of(view.node(r.node), r) for r in group.readers)
+    return tuple(n for n in found if n is not None)
+
+
+def can_simulate(group: Group, view: GraphView) -> bool:
+    """Whether zeros in the weights of its readers are all that removal does."""
+    return bool(group.readers) and not group.unweighted and not any(view.in_subgraph(view.node(n)) for n in group.nodes)
+
+
+def refitted(
+    node: ir.Node, reader: Reader, kept: Indices, evidence: Evidence, ridge: float | None
+) -> tuple[npt.NDArray[np.float32], Array | None]:
+    """The weight of a reader, full size, with zeros where it reads what is gone.
+
+    Args:
+        node: the reader.
+        reader: how it reads.
+        kept: positions kept of the axis it sums over.
+        evidence: second moments of its data, where they were observed.
+        ridge: see :mod:`onnxcompress.passes._refit`; None to leave the weights that stay as they are.
+
+    Returns:
+        The weight, and what has to be added to the bias per output; None for nothing.
+    """
+    value = node.inputs[reader.index]
+    if value is None or value.const_value is None:
+        raise ValueError(f"input {reader.index} of {node.name!r} is no weight")
+    array = np.array(value.const_value.numpy())
+    stay = np.zeros(array.shape[reader.weight.dim], bool)
+    stay[kept] = True
+    np.moveaxis(array, reader.weight.dim, 0)[~stay] = 0
+    shift: Array | None = None
+    if ridge is None:
+        return array, None
+    for linear in linears(node, reader, evidence):
+        features = np.flatnonzero(stay[linear.positions])
+        new = np.zeros_like(linear.weight)
+        if linear.bias is None:
+            new[:, features] = refit(linear.weight, linear.moments.matrix, features, ridge=ridge)
+        else:
+            found = refit_with_bias(linear.weight, linear.moments.matrix, linear.moments.mean, features, ridge=ridge)
+            new[:, features] = found.weight
+            shift = linear.bias(found.bias)
+        linear.write(array, new)
+    return array, shift
+
+
+def cut_down(
+    coupling: Coupling,
+    keeps: Mapping[Group, npt.NDArray[np.bool_]],
+    rewriter: Rewriter,
+    evidence: Evidence,
+    *,
+    ridge: float | None,
+) -> None:
+    """Refits every reader of the groups, once, and removes what goes.
+
+    Args:
+        coupling: of the model as it is.
+        keeps: by group, which atoms stay.
+        rewriter: of the model.
+        evidence: second moments.
+        ridge: see :func:`refitted`.
+    """
+    kept = kept_positions(coupling, keeps)
+    with threadpool_limits(1, "blas"):
+        later = _refit_readers(keeps, kept, rewriter, evidence, ridge)
+    remove(coupling, keeps, rewriter)
+    for name, shift, outputs in later:  # a bias that was not there before is made at its final size
+        node = rewriter.node(name)
+        place = bias_place(node)
+        if place is not None:
+            absorb(rewriter, place, shift if outputs is None else shift[outputs], -1 if node.op_type == "MatMul" else 1)
+
+
+def _refit_readers(
+    keeps: Iterable[Group],
+    kept: Mapping[Axis, Indices],
+    rewriter: Rewriter,
+    evidence: Evidence,
+    ridge: float | None,
+) -> list[tuple[str, Array, Indices | None]]:
+    """Writes the new weights; tells node, shift of the bias, and the outputs kept, for later."""
+    readers = dict.fromkeys(r for group in keeps for r in group.readers if r.weight in kept)
+    later: list[tuple[str, Array, Indices | None]] = []
+    for reader in readers:
+        node = rewriter.node(reader.node)
+        array, shift = refitted(node, reader, kept[reader.weight], evidence, ridge)
+        value = node.inputs[reader.index]
+        if value is not None and not reader.weight.use and len(value.uses()) > 1:
+            continue  # read by several: what is refitted for one would be wrong for others
+        rewriter.set_weight(node, reader.index, array)
+        if shift is not None:
+            outputs = kept.get(Axis(reader.weight.value, reader.outputs, reader.weight.use))
+            later.append((reader.node, shift, outputs))
+    return later
+
+
+def behind_switch(
+    group: Group,
+    kept: Mapping[Axis, Indices],
+    rewriter: Rewriter,
+    evidence: Evidence,
+    switch: ir.Value,
+    *,
+    ridge: float | None,
+) -> None:
+    """Where the switch is on, readers of a group do without what is gone."""
+    by_node: dict[str, list[Reader]] = {}
+    for reader in group.readers:
+        if reader.weight in kept:
+            by_node.setdefault(reader.node, []).append(reader)
+    for name, readers in by_node.items():
+        node = rewriter.node(name)
+        shifts: list[Array] = []
+        inputs = list(node.inputs)
+        edits = len(rewriter.log)
+        for reader in readers:
+            with threadpool_limits(1, "blas"):
+                array, shift = refitted(node, reader, kept[reader.weight], evidence, ridge)
+            inputs[reader.index] = rewriter.constant(array, f"{name}_pruned", like=node)
+            if shift is not None:
+                shifts.append(shift)
+        last = node.outputs[0]
+        outputs = len(node.outputs)
+        made = rewriter.insert(
+            node.op_type, inputs, dict(node.attributes.items()), after=node, domain=node.domain,
+            outputs=outputs, dtype=last.dtype, shape=last.shape,
+        )  # fmt: skip
+        new = made[0]
+        if shifts:
+            total = np.asarray(np.sum(shifts, axis=0), np.float32)
+            rank = len(last.shape) if last.shape is not None else 2
+            spread = total if node.op_type in ("MatMul", "Gemm") else total.reshape(-1, *(1,) * (rank - 2))
+            constant = rewriter.constant(spread, f"{name}_shift", like=node)
+            maker = new.producer()
+            (new,) = rewriter.insert("Add", [new, constant], after=maker, dtype=last.dtype, shape=last.shape)
+        gate(rewriter, last, new, switch, edits)
