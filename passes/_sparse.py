@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.linalg import cholesky, lapack
 
 from onnxcompress.errors import PassError
 
@@ -120,6 +119,8 @@ def reconstruct(weight: Array, moments: Array, zeros: Zeros) -> Array:
 
 def _upper(moments: Array, dead: npt.NDArray[np.bool_]) -> Array:
     """Upper triangular U with U^T U = (S + damping)^-1."""
+    from scipy.linalg import cholesky, lapack  # here, for it takes a while to import and few runs need it
+
     damped = np.array(moments, np.float64)
     damped[dead, dead] = 1.0
     power = np.diagonal(damped).copy()

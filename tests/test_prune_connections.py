@@ -349,6 +349,16 @@ def test_the_file_stays_and_its_compressed_form_shrinks() -> None:
     assert onnxcompress.model.serialize(pruned().model) == onnxcompress.model.serialize(result.model)
 
 
+def test_the_list_of_passes_says_that_it_has_to_be_named() -> None:
+    from click.testing import CliRunner
+
+    from onnxcompress.cli import cli
+
+    shown = CliRunner().invoke(cli, ["passes", "list"]).output
+    assert "prune_connections  (share, lossy, only with --pass)" in shown
+    assert "quantize  (quantize, lossy)" in shown
+
+
 def test_it_takes_no_part_unless_named() -> None:
     model, feed = case("gemm")
     result = onnxcompress.optimize(model, profile="host-x86-vnni", calibration=[feed], timing=False)
