@@ -12,6 +12,7 @@ from models import TARGET, Array, check, learn, made, normal, ops, run, text, wi
 import onnxcompress
 from onnxcompress.base import Choice, Site, Skipped, Term
 from onnxcompress.errors import PassOptionError
+from onnxcompress.models_zoo.families import FAMILIES, family_feeds
 from onnxcompress.passes.prune_blocks import PruneBlocks
 from onnxcompress.planner import Option, Question, solve
 from onnxcompress.questions import ask, offers
@@ -378,3 +379,35 @@ def test_it_does_not_run_by_itself_and_named_it_keeps_to_the_budget() -> None:
         timing=False,
     )
     assert onnxcompress.model.serialize(result.model) == onnxcompress.model.serialize(again.model)
+
+
+# --- many networks ---------------------------------------------------------------------------------
+
+BLOCKS = {"bert": 4, "gpt_gqa": 4, "mobilenet_v2": 1, "resnet": 1, "vit": 4}
+"""Blocks of generated families, at least."""
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_runs_without_its_blocks(name: str) -> None:
+    model = ir.from_proto(FAMILIES[name]())
+    onnxcompress.model.canonicalize(model)
+    model = onnxcompress.model.infer_types(model)
+    data = [*family_feeds(name, 3, batch=2)]
+    view = GraphView(model)
+    sites = [s for s in EVERYTHING.sites(view) if isinstance(s, Site)]
+    assert len(sites) >= BLOCKS.get(name, 0)
+    if not sites:
+        return
+    choices = [EVERYTHING.choices(s, view, TARGET)[0] for s in sites]
+    evidence, wanted = learn(EVERYTHING, model, data), run(model, data[0])
+    terms = [c.terms[0] for c in choices]
+    outputs = [k for k, v in wanted.items() if v.dtype == np.float32]
+    prices = measure_prices(EVERYTHING, model, terms, evidence, TARGET, data, outputs, budget=0.0)
+    assert not prices.impossible
+    for chosen in (*([c] for c in choices), choices):
+        built = build(model, EVERYTHING, chosen, evidence)
+        check(built.model)
+        found = run(built.model, data[0])
+        assert {k: (v.shape, v.dtype) for k, v in found.items()} == {k: (v.shape, v.dtype) for k, v in wanted.items()}
+        left = {str(n.name) for n in built.model.graph.all_nodes()}
+        assert not left & {n for c in built.made for n in c.site.nodes if n != c.site.key}

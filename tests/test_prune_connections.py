@@ -15,6 +15,7 @@ from onnxcompress.base import Site, Skipped
 from onnxcompress.calibrate import calibrate
 from onnxcompress.data import open_data
 from onnxcompress.errors import PassError, PassOptionError
+from onnxcompress.models_zoo.families import FAMILIES, family_feeds
 from onnxcompress.passes._linear_maps import linear_maps
 from onnxcompress.passes._sparse import Zeros, reconstruct, zero
 from onnxcompress.passes.prune_connections import Method, PruneConnections
@@ -364,3 +365,25 @@ def test_it_takes_no_part_unless_named() -> None:
     result = onnxcompress.optimize(model, profile="host-x86-vnni", calibration=[feed], timing=False)
     assert "prune_connections" not in {p.name for p in result.report.passes}
     assert [s for s in HALF.sites(GraphView(model)) if isinstance(s, Site)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_half_of_every_family(name: str) -> None:
+    model = ir.from_proto(FAMILIES[name]())
+    onnxcompress.model.canonicalize(model)
+    model = onnxcompress.model.infer_types(model)
+    data = [*family_feeds(name, 3, batch=2)]
+    after = made(HALF, model, "50% zeros", data)
+    view, found = GraphView(after), 0
+    for site in HALF.sites(GraphView(model)):
+        for linear in linear_maps(view.node(site.key), view) if isinstance(site, Site) else ():
+            value = view.node(site.key).inputs[linear.index]
+            new = view.array(value)
+            assert new is not None
+            # but for rounding to whole weights of each group; more where a feature is always zero
+            assert np.mean(new == 0) >= 0.5 - 1 / new.size - 0.5 / linear.inputs, site.key
+            found += 1
+    assert found
+    wanted, got = run(model, data[0]), run(after, data[0])
+    assert {k: v.shape for k, v in got.items()} == {k: v.shape for k, v in wanted.items()}
+    assert all(np.isfinite(v).all() for v in got.values() if v.dtype == np.float32)
