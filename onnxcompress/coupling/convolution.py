@@ -18,12 +18,32 @@ def pin_space(node: ir.Node, at: Coupler, *operands: Operand) -> None:
             at.pin(axis, node, _SLIDES)
 
 
-@rule("Conv", domain="")
+@rule("Conv")
 @rule("FusedConv", domain="com.microsoft")
 def conv(node: ir.Node, at: Coupler) -> None:
     """[N, C, ...] x [M, C / groups, ...] -> [N, M, ...]."""
-    x, w, y = at.data(node), at.data(node, 1), at.output(node)
-    bias, groups = at.input(node, 2), node.attributes.get_int("group", 1)
+    y = at.output(node)
+    convolve(node, at, at.data(node), at.data(node, 1), at.input(node, 2), y, 1)
+    residual = at.input(node, 3)  # FusedConv adds it
+    if residual is not None:
+        at.elementwise(node, [residual], y)
+
+
+def convolve(
+    node: ir.Node, at: Coupler, x: Operand, w: Operand, bias: Operand | None, y: Operand, index: int | None
+) -> None:
+    """What any convolution says.
+
+    Args:
+        node: the convolution.
+        at: is told.
+        x: data.
+        w: filters.
+        bias: may be missing.
+        y: result.
+        index: of the weight among the inputs; None if it cannot make up for anything.
+    """
+    groups = node.attributes.get_int("group", 1)
     at.same(x[0], y[0], node)
     pin_space(node, at, x, y)
     for axis in w.axes[2:]:
@@ -33,18 +53,15 @@ def conv(node: ir.Node, at: Coupler) -> None:
     at.same(w[0], y[1], node)
     if groups == 1:
         at.same(x[1], w[1], node)
-        if w.constant:
-            at.sums(node, 1, w[1], x[1], 0)
+        if w.constant and index is not None:
+            at.sums(node, index, w[1], x[1], 0)
     else:
         many = at.virtual(node, "groups", groups)
         each = at.virtual(node, "outputs of a group", w.shape[0] // groups)
         at.product([x[1]], [many, w[1]], node)
         at.product([w[0]], [many, each], node)
-        if w.constant and w.shape[1] > 1:
-            at.sums(node, 1, w[1], None, 0, many)
-    residual = at.input(node, 3)  # FusedConv adds it
-    if residual is not None:
-        at.elementwise(node, [residual], y)
+        if w.constant and index is not None and w.shape[1] > 1:
+            at.sums(node, index, w[1], None, 0, many)
 
 
 @rule("ConvTranspose")
@@ -74,7 +91,7 @@ def conv_transpose(node: ir.Node, at: Coupler) -> None:
 
 @mends("Conv", "ConvTranspose")
 @mends("FusedConv", domain="com.microsoft")
-def conv_groups(node: ir.Node, mender: Mender) -> None:
+def regroup_channels(node: ir.Node, mender: Mender) -> None:
     """As many groups as are left."""
     kept = mender.virtual(node, "groups")
     if kept is not None:
@@ -89,6 +106,73 @@ def pool(node: ir.Node, at: Coupler) -> None:
         at.same(x[0], y[0], node)
         at.same(x[1], y[1], node)
         pin_space(node, at, x, y)
+    if len(node.outputs) > 1 and any(reader.op_type != "MaxUnpool" for reader, _ in at.view.consumers(node.outputs[1])):
+        at.pin(x[1], node, "MaxPool counts positions over all channels")
+
+
+@rule("MaxUnpool")
+def unpool(node: ir.Node, at: Coupler) -> None:
+    """Values go back to where MaxPool found them."""
+    x, indices, y = at.data(node), at.data(node, 1), at.output(node)
+    for k in (0, 1):
+        at.same(x[k], indices[k], node)
+        at.same(x[k], y[k], node)
+    pin_space(node, at, x, indices, y)
+
+
+@mends("MaxUnpool")
+def unpooled_sizes(node: ir.Node, mender: Mender) -> None:
+    """A written shape follows."""
+    if len(node.inputs) > 2 and node.inputs[2] is not None and (kept := mender.output(node, 1)) is not None:
+        mender.set_extents(node, 2, {1: len(kept)})
+
+
+@rule("GridSample")
+def grid_sample(node: ir.Node, at: Coupler) -> None:
+    """[N, C, ...] is read at places of a grid [N, ..., 2 or 3]."""
+    x, grid, y = at.data(node), at.data(node, 1), at.output(node)
+    at.same(x[1], y[1], node)
+    at.same(x[0], y[0], node)
+    at.same(x[0], grid[0], node)
+    pin_space(node, at, x, y)
+    for axis in grid.axes[1:]:
+        at.pin(axis, node, "it is a place to look at")
+
+
+@rule("RoiAlign", "MaxRoiPool")
+def regions(node: ir.Node, at: Coupler) -> None:
+    """[N, C, H, W] is read in regions [R, 4 or 5]: [R, C, h, w]."""
+    x, rois, y = at.data(node), at.data(node, 1), at.output(node)
+    at.same(x[1], y[1], node)
+    at.same(rois[0], y[0], node)
+    at.pin(x[0], node, "regions say which of the batch")
+    at.pin(rois[1], node, "it is a place to look at")
+    if (batch := at.input(node, 2)) is not None:
+        at.same(batch[0], y[0], node)
+    pin_space(node, at, x, y)
+
+
+@rule("Col2Im")
+def col2im(node: ir.Node, at: Coupler) -> None:
+    """[N, C x block, L] -> [N, C, ...]."""
+    x, y = at.data(node), at.output(node)
+    at.same(x[0], y[0], node)
+    block = at.virtual(node, "block", x.shape[1] // y.shape[1])
+    at.pin(block, node, "it is the places of a block")
+    at.product([x[1]], [y[1], block], node)
+    pin_space(node, at, x, y)
+
+
+@rule("DeformConv")
+def deform_conv(node: ir.Node, at: Coupler) -> None:
+    """Like Conv, at places that are computed."""
+    convolve(node, at, at.data(node), at.data(node, 1), at.input(node, 3), at.output(node), 1)
+    for index in (2, 4):
+        if (places := at.input(node, index)) is not None:
+            for axis in places.axes:
+                at.pin(axis, node, "it is a place to look at")
+    if node.attributes.get_int("offset_group", 1) > 1:
+        at.pin(at.data(node)[1], node, "groups of it are looked at in places of their own")
 
 
 @rule("Resize", "Upsample")

@@ -58,6 +58,15 @@ class Mender:
         """Size a virtual axis had."""
         return self._sizes[Axis(f"{node.name}:{what}", -1)]
 
+    def has(self, node: ir.Node, what: str) -> bool:
+        """Whether a node's rule made such a virtual axis."""
+        return Axis(f"{node.name}:{what}", -1) in self._sizes
+
+    def left(self, node: ir.Node, what: str) -> int:
+        """Size a virtual axis has now."""
+        kept = self.virtual(node, what)
+        return self.before(node, what) if kept is None else len(kept)
+
     def shape(self, value: ir.Value | None) -> tuple[int, ...]:
         """Concrete shape a tensor had before.
 
@@ -168,11 +177,17 @@ class Mender:
         rest: list[ir.Node] = []
         for use in tuple(output.uses()):
             reader = use.node
-            chosen = self.ints(reader, 1) if reader.op_type == "Gather" and use.idx == 0 else None
-            if chosen is None or reader.outputs[0].is_graph_output() or any(k % count not in sizes for k in chosen):
+            indices = self.array(reader, 1) if reader.op_type == "Gather" and use.idx == 0 else None
+            chosen = None if indices is None else [int(k) for k in indices.reshape(-1).tolist()]
+            if (
+                indices is None
+                or chosen is None
+                or reader.outputs[0].is_graph_output()
+                or any(k % count not in sizes for k in chosen)
+            ):
                 rest.append(reader)
                 continue
-            values = np.array([sizes[k % count] for k in chosen], np.int64).reshape(np.shape(self.array(reader, 1)))
+            values = np.array([sizes[k % count] for k in chosen], np.int64).reshape(indices.shape)
             self.rewriter.replace_uses(
                 reader.outputs[0], self.rewriter.constant(values, f"{reader.name}_extent", like=reader)
             )

@@ -109,6 +109,10 @@ def slice_(node: ir.Node, at: Coupler) -> None:
             at.same(x[k], y[k], node)
         elif step == 1 and y.shape[k] > 1:
             at.block(y[k], x[k], positions.start, node)
+        elif step > 1 and x.shape[k] == step * y.shape[k]:
+            turn = at.virtual(node, f"step {k}", step)
+            at.pin(turn, node, "Slice takes one of each few")
+            at.product([x[k]], [y[k], turn], node)
         else:
             at.pin(x[k], node, "Slice takes single positions, or steps")
             at.pin(y[k], node, "Slice takes single positions, or steps")
@@ -132,6 +136,10 @@ def slice_bounds(node: ir.Node, mender: Mender) -> None:
         if kept is None:
             continue
         size = mender.shape(node.inputs[0])[axis % rank]
+        if mender.has(node, f"step {axis % rank}"):
+            ends[place] = len(kept)
+            starts[place] %= size  # it was before the first step already
+            continue
         run = range(size)[slice(starts[place], ends[place])]
         starts[place] = int((kept < run.start).sum())
         ends[place] = int((kept < run.stop).sum())

@@ -30,6 +30,8 @@ def by_layer(node: ir.Node, at: Coupler) -> None:
     """Everything from an axis on is normalized together."""
     x = at.data(node)
     at.elementwise(node, [x, at.input(node, 1), at.input(node, 2)], at.output(node))
+    for statistic in at.outputs(node)[1:]:
+        at.elementwise(node, [x], statistic)
     axis = node.attributes.get_int("axis", -1)
     for k in range(axis % len(x), len(x)):
         at.pin(x[k], node, f"{node.op_type} normalizes over it")

@@ -130,9 +130,3 @@ def tile(node: ir.Node, at: Coupler) -> None:
         times = at.virtual(node, f"times {k}", y.shape[k] // max(1, x.shape[k]))
         at.pin(times, node, "the number of repeats stays")
         at.product([y[k]], [times, x[k]], node)
-
-
-@rule("EyeLike")
-def eye(node: ir.Node, at: Coupler) -> None:
-    """Positions matter."""
-    at.pin_all(node, "positions matter to EyeLike")

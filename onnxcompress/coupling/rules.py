@@ -51,11 +51,14 @@ class Rule:
 
 _RULES: dict[tuple[str, str], Rule] = {}
 _BUILT_IN = (
+    "attention",
     "convolution",
     "elementwise",
+    "indexing",
     "movement",
     "normalization",
     "products",
+    "quantized",
     "recurrent",
     "reduction",
     "reshaping",
