@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from onnxcompress.coupling.analysis import Coupling, made_up_shapes
+from onnxcompress.coupling.analysis import Coupling
 from onnxcompress.coupling.axes import Axis, Factor
 from onnxcompress.coupling.coupler import Coupler, Operand
 from onnxcompress.coupling.groups import Group, Part, Pin, Reader
 from onnxcompress.coupling.mending import Mender
 from onnxcompress.coupling.removal import check_keep, kept_positions, remove
 from onnxcompress.coupling.rules import mends, rule
+from onnxcompress.coupling.shapes import made_up_shapes
 
 __all__ = [
     "Axis",

@@ -18,17 +18,16 @@ from onnxcompress.coupling.axes import Axis, Factor
 from onnxcompress.coupling.coupler import CONSEQUENCES, Coupler
 from onnxcompress.coupling.groups import Group, Part, Pin, Reader
 from onnxcompress.coupling.rules import rule_of
+from onnxcompress.coupling.shapes import fill_shapes, made_up_shapes
 from onnxcompress.errors import CouplingError, suggest
-from onnxcompress.model import all_graphs, bodies, inferred_types
+from onnxcompress.model import all_graphs, bodies
 from onnxcompress.view import GraphView
 
-__all__ = ["Coupling", "made_up_shapes"]
+__all__ = ["Coupling"]
 
 Indices = npt.NDArray[np.int64]
 
 _NO_WEIGHTS = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL, ir.DataType.STRING)
-_PRIMES = (3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61)
-"""Extents put in for symbols, so that equal products are no accident."""
 
 
 class Coupling:
@@ -45,7 +44,9 @@ class Coupling:
     """
 
     def __init__(self, view: GraphView, shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
-        self._coupler = coupler = Coupler(view, made_up_shapes(view) if shapes is None else shapes)
+        known = made_up_shapes(view) if shapes is None else dict(shapes)
+        fill_shapes(view, known)
+        self._coupler = coupler = Coupler(view, known)
         for node in view.nodes():
             _couple(node, coupler)
         _pin_ends(view, coupler)
@@ -87,29 +88,6 @@ class Coupling:
     def factors(self, axis: Axis) -> tuple[int, ...]:
         """Sizes of the factors of an axis, outermost first."""
         return self._coupler.factors(axis)
-
-
-def made_up_shapes(view: GraphView) -> dict[str, tuple[int, ...]]:
-    """Shapes with a number of its own in place of every symbol, as far as they follow from the graph inputs."""
-    numbers: dict[str, int] = {}
-    given: dict[str, tuple[int, ...]] = {}
-    for value in view.model.graph.inputs:
-        if value.shape is None or not value.name:
-            continue
-        extents = []
-        for place, extent in enumerate(value.shape):
-            if isinstance(extent, int):
-                extents.append(extent)
-                continue
-            symbol = extent.value or f"{value.name}:{place}"
-            number = numbers.setdefault(symbol, _PRIMES[len(numbers) % len(_PRIMES)])
-            extents.append(32 * number if place >= 2 and len(value.shape) >= 4 else number)
-        given[value.name] = tuple(extents)
-    found = dict(given)
-    for value, (_, shape) in inferred_types(view.model, given).items():
-        if value.name and shape is not None and all(isinstance(d, int) for d in shape):
-            found.setdefault(value.name, tuple(d for d in shape if isinstance(d, int)))
-    return found
 
 
 def _couple(node: ir.Node, coupler: Coupler) -> None:

@@ -249,6 +249,17 @@ class Coupler:
                 for k in range(1, min(len(operand), len(output)) + 1):
                     self.same(operand[-k], output[-k], node)
 
+    def hand_on(self, inner: ir.Value, outer: ir.Value, node: ir.Node) -> bool:
+        """A value leaves a body under another name; axes of size 1 may come or go. False if the shapes differ."""
+        if self.shape(inner) is None or self.shape(outer) is None:
+            return False
+        left, right = ([a for a in self.operand(v).axes if self._sizes[a] != 1] for v in (inner, outer))
+        if [self._sizes[a] for a in left] != [self._sizes[a] for a in right]:
+            return False
+        for a, b in zip(left, right, strict=True):
+            self.same(a, b, node)
+        return True
+
     def pin(self, axis: Axis, node: ir.Node | None, reason: str) -> None:
         """All positions of an axis have to stay."""
         if self._sizes.get(axis) != 1:

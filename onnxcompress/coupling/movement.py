@@ -206,15 +206,10 @@ def if_(node: ir.Node, at: Coupler) -> None:
     for name in ("then_branch", "else_branch"):
         body = node.attributes[name].as_graph()
         for inner, outer in zip(body.outputs, node.outputs, strict=True):
-            a, b = at.shape(inner), at.shape(outer)
-            if a is None or b is None or len(a) != len(b):
-                for value, shape in ((inner, a), (outer, b)):
-                    if shape is not None and value.name:
-                        for axis in at.operand(value).axes:
-                            at.pin(axis, node, "the branches of If disagree on its shape")
-                continue
-            for left, right in zip(at.operand(inner).axes, at.operand(outer).axes, strict=True):
-                at.same(left, right, node)
+            if not at.hand_on(inner, outer, node):
+                for value in (inner, outer):
+                    for axis in at.operand(value).axes if value.name and at.shape(value) is not None else ():
+                        at.pin(axis, node, "the branches of If disagree on its shape")
 
 
 @rule("Loop", "Scan")
