@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -149,8 +150,8 @@ def _groups(view: GraphView, graph: nx.Graph, coupler: Coupler) -> list[Group]:
             if group is not None:
                 found.append(group)
     keys = _keys(found, users)
-    named = [replace(group, key=key) for group in found if (key := keys.get(id(group))) is not None]
-    return sorted(named, key=lambda g: order[g.key])
+    named = [replace(group, key=keys[id(group)]) for group in found]
+    return sorted(named, key=lambda g: order.get(g.key, order[g.nodes[0]]))
 
 
 def _keys(found: list[Group], users: Mapping[str, list[str]]) -> dict[int, str]:
@@ -170,10 +171,11 @@ def _keys(found: list[Group], users: Mapping[str, list[str]]) -> dict[int, str]:
     keys: dict[int, str] = {}
     taken: set[str] = set()
     for group in sorted(found, key=lambda g: (g.pinned, first[id(g)], place[id(g)])):
-        key = next((n for n in wishes[id(group)] if n not in taken), None)
-        if key is not None:
-            taken.add(key)
-            keys[id(group)] = key
+        names = wishes[id(group)]
+        more = (f"{n}:{group.unit}{i}" for n in names[:1] for i in itertools.chain([""], itertools.count(2)))
+        key = next(n for n in itertools.chain(names, more) if n not in taken)
+        taken.add(key)
+        keys[id(group)] = key
     return keys
 
 

@@ -74,7 +74,8 @@ class Group:
     """Positions that go together.
 
     Attributes:
-        key: name of the node that makes it; unique among groups.
+        key: name of the node that makes it; unique among groups, with the unit behind it ("attn:heads") in the
+            rare case that more groups than nodes meet in one place.
         unit: what an atom is, in the plural ("channels", "heads", "neurons", "hidden units", ...).
         size: how many atoms.
         parts: every axis concerned.

@@ -163,6 +163,8 @@ def gather(node: ir.Node, at: Coupler) -> None:
     chosen = at.array(node, 1)
     if chosen is None:
         at.pin(x[axis], node, "positions are looked up that the data say")
+        if x.constant:
+            at.units[x[axis]] = "entries"
         for k, a in enumerate(indices.axes):
             at.same(a, y[axis + k], node)
     elif chosen.ndim == 1 and chosen.size > 1:
