@@ -17,7 +17,7 @@ from onnxcompress.passes._refit import lost, refit, refit_with_bias
 from onnxcompress.rewrite import Rewriter
 from onnxcompress.statistics import Evidence
 
-__all__ = ["Criterion", "Selection"]
+__all__ = ["Criterion", "Selection", "without"]
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -95,9 +95,7 @@ class Selection:
         if key not in self._orders:
             self._held += [m.moments for m in found]
             self._orders[key] = self._order(group, criterion, found, rewriter)
-        mask = np.ones(group.size, bool)
-        mask[self._orders[key][: group.size - count]] = False
-        return mask
+        return without(group, self._orders[key], count)
 
     def _order(
         self, group: Group, criterion: Criterion, found: list[Linear], rewriter: Rewriter
@@ -154,6 +152,32 @@ class Selection:
                     atoms = part.atoms[np.arange(len(each)) // inner % sizes[part.factor.place]]
                     np.add.at(squares, atoms, each)
         return np.asarray(np.sqrt(squares)[:, None])
+
+
+def without(group: Group, order: npt.NDArray[np.intp], count: int) -> Mask:
+    """Atoms that stay when others go in this order until ``count`` are left.
+
+    An atom without which a tensor would have no position left is passed over: where Concat joins branches,
+    each holds only some of the atoms.
+    """
+    mask = np.ones(group.size, bool)
+    branches = {a.tobytes(): a for p in group.parts if len(a := np.unique(p.atoms)) < group.size}
+    holders: dict[int, list[bytes]] = {}
+    for name, atoms in branches.items():
+        for atom in atoms:
+            holders.setdefault(int(atom), []).append(name)
+    left = {name: len(atoms) for name, atoms in branches.items()}
+    gone = 0
+    for atom in map(int, order):
+        if gone == group.size - count:
+            break
+        held = holders.get(atom, [])
+        if all(left[name] > 1 for name in held):
+            mask[atom] = False
+            gone += 1
+            for name in held:
+                left[name] -= 1
+    return mask
 
 
 def _array(axis: Axis, rewriter: Rewriter) -> npt.NDArray[np.generic] | None:

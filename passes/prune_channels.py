@@ -35,7 +35,7 @@ from onnxcompress.errors import PassOptionError
 from onnxcompress.passes import _recovery as recovery
 from onnxcompress.passes._keep_lists import read_keep_lists
 from onnxcompress.passes._refit import RIDGE
-from onnxcompress.passes._selection import Criterion, Selection
+from onnxcompress.passes._selection import Criterion, Selection, without
 from onnxcompress.rewrite import Rewriter
 from onnxcompress.statistics import Evidence, Need
 from onnxcompress.target import Target
@@ -180,7 +180,7 @@ class PruneChannels(Pass):
 
     def _counts(self, group: Group, coupling: Coupling, target: Target) -> list[int]:
         step = self._step(group, coupling, target)
-        least = max(int(group.fixed.sum()), 1)
+        least = int(_some(group, 1).sum())
         shares = _LADDER if self.ratio is None else (1 - self.ratio,)
         found: list[int] = []
         for share in shares:
@@ -265,10 +265,10 @@ def _cut(choice: Choice) -> Cut:
 
 
 def _some(group: Group, count: int) -> Mask:
-    """Any atoms of that number, for sizes."""
-    keep = group.fixed.copy()
-    keep[np.flatnonzero(~keep)[: max(count - int(keep.sum()), 0)]] = True
-    return keep
+    """Any atoms of that number, or as few as can stay, for sizes; evenly taken from all branches of a Concat."""
+    free = np.flatnonzero(~group.fixed)
+    last = np.argsort(np.modf(np.arange(len(free)) * 0.618034)[0], kind="stable")  # spread out at every length
+    return without(group, free[last], max(count, int(group.fixed.sum()), 1))
 
 
 def _bytes_saved(view: GraphView, sizes: Mapping[tuple[str, int], int]) -> int:
