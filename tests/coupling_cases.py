@@ -32,8 +32,16 @@ class Case:
     runs: bool = True
 
 
-def _picture(middle: str, weights: dict[str, tuple[int, ...]], ints: dict[str, list[int]] | None = None,
-             left: int = 8, right: int = 8, side: int = 6, opset: int = 17, runs: bool = True) -> Case:  # fmt: skip
+def _picture(
+    middle: str,
+    weights: dict[str, tuple[int, ...]],
+    ints: dict[str, list[int]] | None = None,
+    left: int = 8,
+    right: int = 8,
+    side: int = 6,
+    opset: int = 17,
+    runs: bool = True,
+) -> Case:
     """Conv, something on ``a`` that gives ``b``, Conv."""
     body = f"""m (float[2, 3, 6, 6] x) => (float[2, 4, {side}, {side}] y) {{
         a = Conv (x, w1)
@@ -44,8 +52,16 @@ def _picture(middle: str, weights: dict[str, tuple[int, ...]], ints: dict[str, l
     return Case(body, ends | weights, ints or {}, opset, runs=runs)
 
 
-def _rows(middle: str, weights: dict[str, tuple[int, ...]], ints: dict[str, list[int]] | None = None,
-          left: int = 8, right: int = 8, opset: int = 17, domain: str = "", runs: bool = True) -> Case:  # fmt: skip
+def _rows(
+    middle: str,
+    weights: dict[str, tuple[int, ...]],
+    ints: dict[str, list[int]] | None = None,
+    left: int = 8,
+    right: int = 8,
+    opset: int = 17,
+    domain: str = "",
+    runs: bool = True,
+) -> Case:
     """MatMul, something on ``a`` [2, 5, left] that gives ``b`` [2, 5, right], MatMul."""
     body = f"""m (float[2, 5, 3] x) => (float[2, 5, 4] y) {{
         a = MatMul (x, w1)
@@ -55,8 +71,18 @@ def _rows(middle: str, weights: dict[str, tuple[int, ...]], ints: dict[str, list
     return Case(body, {"w1": (3, left), "w2": (right, 4)} | weights, ints or {}, opset, domain, runs)
 
 
-def _three(middle: str, weights: dict[str, tuple[int, ...]], q: int = 8, k: int = 8, v: int = 8, out: int = 8,
-           ints: dict[str, list[int]] | None = None, opset: int = 17, domain: str = "", runs: bool = True) -> Case:  # fmt: skip
+def _three(
+    middle: str,
+    weights: dict[str, tuple[int, ...]],
+    q: int = 8,
+    k: int = 8,
+    v: int = 8,
+    out: int = 8,
+    ints: dict[str, list[int]] | None = None,
+    opset: int = 17,
+    domain: str = "",
+    runs: bool = True,
+) -> Case:
     """Query, key and value ``q k v`` from one input, something that gives ``b``."""
     body = f"""m (float[2, 5, 3] x) => (float[2, 5, 4] y) {{
         q = MatMul (x, wq)
