@@ -200,3 +200,10 @@ def test_a_name_in_several_groups() -> None:
     )
     with pytest.raises(CouplingError, match=r"'w2' belongs to 2 groups .*'node', 'node_2'"):
         coupling_of(model).group("w2")
+
+
+def test_the_rule_in_the_documentation_is_the_one_tested() -> None:
+    page = (PACKAGE.parent.parent / "docs" / "coupling.md").read_text(encoding="utf-8")
+    code = (PACKAGE / "fly_rules.py").read_text(encoding="utf-8")
+    for part in code.split('"""')[2].strip().split("\n\n\n"):
+        assert part in page
