@@ -31,7 +31,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "coupling.mending",
         "coupling.rules",
         "coupling.convolution coupling.elementwise coupling.movement coupling.normalization coupling.products "
-        "coupling.recurrent coupling.reduction coupling.reshaping",
+        "coupling.attention coupling.indexing coupling.recurrent coupling.reduction coupling.reshaping",
+        "coupling.quantized coupling.shapes",
         "coupling.analysis",
         "coupling.removal",
         "coupling",
