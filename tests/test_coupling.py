@@ -40,10 +40,13 @@ def built(case: Case) -> tuple[ir.Model, dict[str, Array]]:
 
 
 def summary(coupling: Coupling) -> str:
-    """A line for each group: key, free of all, unit, axes; indented, why positions have to stay."""
+    """A line for each group: key, free of all, unit, axes; indented, who sums over it, why positions have to stay."""
     lines = []
     for group in coupling.groups:
         lines.append(f"{group.key}: {group.free}/{group.size} {group.unit}: {' '.join(sorted(parts_of(group)))}")
+        if group.readers or group.unweighted:
+            made_up_for = [f"{r.node} ({r.weight} x {r.data})" for r in group.readers]
+            lines.append("  summed by " + ", ".join([*made_up_for, *(f"{n} (values)" for n in group.unweighted)]))
         lines += [f"  {line}" for line in dict.fromkeys(f"{pin.node}: {pin.reason}" for pin in group.pins)]
     return "\n".join(lines)
 

@@ -39,6 +39,7 @@ class _Heads:
 
 def _heads(node: ir.Node, at: Coupler, count: int, groups: int, width: int, width_v: int | None) -> _Heads:
     widths = at.virtual(node, "width", width, "head widths")
+    at.sums_data(node, widths)
     return _Heads(
         at.virtual(node, "heads", groups, "heads"),
         at.virtual(node, "queries of a head", count // groups, "query heads"),

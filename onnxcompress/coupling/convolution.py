@@ -55,6 +55,8 @@ def convolve(
         at.same(x[1], w[1], node)
         if w.constant and index is not None:
             at.sums(node, index, w[1], x[1], 0)
+        elif not w.constant:
+            at.sums_data(node, w[1])
     else:
         many = at.virtual(node, "groups", groups)
         each = at.virtual(node, "outputs of a group", w.shape[0] // groups)
@@ -62,6 +64,8 @@ def convolve(
         at.product([w[0]], [many, each], node)
         if w.constant and index is not None and w.shape[1] > 1:
             at.sums(node, index, w[1], None, 0, many)
+        elif not w.constant:
+            at.sums_data(node, w[1])
 
 
 @rule("ConvTranspose")

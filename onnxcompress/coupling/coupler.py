@@ -30,7 +30,7 @@ PRIVATE = 1 << 16
 
 Indices = npt.NDArray[np.int64]
 _REGROUPED = "two operators split it into blocks that do not nest"
-_APART = "parts of it are taken across the blocks it is split into"
+_APART = "its parts do not line up with the blocks that a Reshape makes of it"
 CONSEQUENCES = (_REGROUPED, _APART)
 """Reasons that follow from what several operators say, and so tell less than others."""
 

@@ -23,6 +23,8 @@ def matmul(node: ir.Node, at: Coupler) -> None:
         at.sums(node, 1, b[1 - columns.dim], a[-2 if turned_a else -1], columns.dim)
     elif a.constant and len(a) == 2 and rows is not None:
         at.sums(node, 0, a[1 - rows.dim], b[-1 if turned_b else -2] if len(b) > 1 else b[0], rows.dim)
+    else:
+        at.sums_data(node, a[-2 if turned_a else -1])
 
 
 def multiply(
@@ -78,8 +80,7 @@ def einsum(node: ir.Node, at: Coupler) -> None:
                 at.same(axis, other, node)
             first[name].append(axis)
     summed = {c for c in "".join(terms) if c.isalpha()} - set(right)
-    if not any(operand.constant for operand in operands):
-        at.sums_data(node, *(first[letter][0] for letter in sorted(summed)))
+    told: set[str] = set()
     for term, operand in zip(terms, operands, strict=True):
         for letter, axis in _lettered(term, operand):
             if letter in summed and sum(t.count(letter) for t in terms) == 1:
@@ -93,6 +94,8 @@ def einsum(node: ir.Node, at: Coupler) -> None:
             opposite = terms[1 - i]
             if "..." not in term and letter in opposite and "..." not in opposite:
                 at.sums(node, i, operand[place], operands[1 - i][opposite.index(letter)], 1 - place)
+                told.add(letter)
+    at.sums_data(node, *(first[letter][0] for letter in sorted(summed - told)))
 
 
 def _lettered(term: str, operand: Operand) -> list[tuple[str, Axis]]:
