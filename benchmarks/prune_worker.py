@@ -1,0 +1,139 @@
+"""One measured step of ``benchmarks.prune`` in a process of its own.
+
+family NAME ONNXSIM SAMPLES PROFILE
+prune TASK OUTPUT SAMPLES PROFILE OPTIONS DB
+match TASK FOLDER SAMPLES PROFILE OPTIONS MILLISECONDS
+couple WIDTH DEPTH
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+import traceback
+import warnings
+from bisect import bisect_left
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from benchmarks.measure import write_result
+from benchmarks.producers import first_line
+from benchmarks.prune_families import examine
+from benchmarks.tasks import TASKS, Feed
+from onnxcompress import Budget, Result, optimize
+from onnxcompress import model as models
+from onnxcompress.calibrate import value_shapes
+from onnxcompress.cost import CostModel
+from onnxcompress.coupling import Coupling
+from onnxcompress.models_zoo.families import family_feeds
+from onnxcompress.models_zoo.families_transformers import gpt_gqa
+from onnxcompress.passes.prune_channels import PruneChannels
+from onnxcompress.profile import load_profile
+from onnxcompress.view import GraphView
+
+NO_FLOOR = -1000.0
+_STEPS = 32
+"""Ratios tried are multiples of one over this."""
+
+
+def family(name: str, onnxsim: str, samples: str, profile: str) -> dict[str, Any]:
+    """Half of every free group of one model removed."""
+    return examine(name, onnxsim, int(samples), profile)
+
+
+def prune(task: str, output: str, samples: str, profile: str, options: str, decibels: str) -> dict[str, Any]:
+    """One pruned model; ``options`` are those of the pass, as JSON."""
+    chosen = TASKS[task]
+    result = _pruned(task, int(samples), profile, json.loads(options), float(decibels), Path(output))
+    feed = next(iter(chosen.feeds(1)))
+    return {
+        "predicted_ms": _predicted(result.model, feed, profile),
+        "fp32_predicted_ms": _predicted(models.load(chosen.path), feed, profile),
+        "sqnr_db": result.report.totals.comparison.min_sqnr_db,
+        "sites": sum(s.decision != "keep" and s.pass_name == PruneChannels.name for s in result.report.sites),
+        "outcome": result.report.outcome,
+    }
+
+
+def match(task: str, folder: str, samples: str, profile: str, options: str, milliseconds: str) -> dict[str, Any]:
+    """For every latency asked for, the uniform ratio whose predicted latency is nearest to it."""
+    fixed, wanted = json.loads(options), json.loads(milliseconds)
+    feed = next(iter(TASKS[task].feeds(1)))
+    made: dict[int, tuple[float, Path]] = {}
+
+    def latency(step: int) -> float:
+        """Falls as the step grows."""
+        if step not in made:
+            output = Path(folder) / f"{step}.onnx"
+            result = _pruned(task, int(samples), profile, {**fixed, "ratio": step / _STEPS}, NO_FLOOR, output)
+            made[step] = _predicted(result.model, feed, profile), output
+        return made[step][0]
+
+    found = []
+    for target in wanted:
+        after = bisect_left(range(_STEPS - 1), -target, key=lambda step: -latency(step))
+        step = min((s for s in (after - 1, after) if 0 <= s < _STEPS), key=lambda s: abs(latency(s) - target))
+        found.append({"ratio": step / _STEPS, "predicted_ms": latency(step), "file": str(made[step][1])})
+    return {"matches": found}
+
+
+def couple(width: str, depth: str) -> dict[str, Any]:
+    """Seconds of the coupling analysis of a large graph, with the shapes of a run and without."""
+    model = ir.from_proto(gpt_gqa(int(width), depth=int(depth)))
+    models.canonicalize(model)
+    (feed,) = islice(family_feeds("gpt_gqa", 1), 1)
+    shapes = value_shapes(model, dict(feed), bodies=True)
+    seconds = {}
+    for name, known in (("measured shapes", shapes), ("no shapes", None)):
+        view = GraphView(model)
+        start = time.perf_counter()
+        coupling = Coupling(view, known)
+        seconds[name] = round(time.perf_counter() - start, 2)
+    free = sum(not g.pinned for g in coupling.groups)
+    return {"nodes": len(view.nodes()), "groups": len(coupling.groups), "free": free, "seconds": seconds}
+
+
+def _pruned(task: str, samples: int, profile: str, options: dict[str, Any], decibels: float, output: Path) -> Result:
+    chosen = TASKS[task]
+    return optimize(
+        chosen.path,
+        passes=[PruneChannels(**options)],
+        budget=Budget(min_sqnr_db=decibels),
+        calibration=chosen.feeds(samples),
+        profile=profile,
+        timing=False,  # what is slower has to show, not to be replaced by the input
+        output=output,
+    )
+
+
+def _predicted(model: ir.Model, feed: Feed, profile: str) -> float:
+    """Milliseconds on the profile, of the feed that latency is measured with."""
+    shapes = value_shapes(model, dict(feed), bodies=True)
+    return 1e3 * CostModel(load_profile(profile)).model(GraphView(model), shapes).seconds
+
+
+STEPS: dict[str, Callable[..., dict[str, Any]]] = {"family": family, "prune": prune, "match": match, "couple": couple}
+
+
+def main() -> int:
+    """Run the step named on the command line and hand its result back."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    step, *arguments = sys.argv[1:]
+    try:
+        write_result(STEPS[step](*arguments))
+    except Exception as error:  # a failed step is a row of the table
+        traceback.print_exc()
+        write_result({"error": first_line(error)})
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
