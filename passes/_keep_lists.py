@@ -1,7 +1,7 @@
 """Keep-lists and masks that somebody else made, say a training framework.
 
     {"conv1": [0, 2, 5], "features.3.weight": [true, false, ...]}        .json
-    arrays by name, integer (kept positions) or bool (masks)             .npz
+    arrays by name: integers (kept positions), bool or float (masks)     .npz
 
 A name is the node that makes a group, or a tensor of it. Numbers count atoms (heads) or positions of the axis
 (channels of all heads). An array with the shape of the weight itself is a mask of its elements: a channel goes
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,7 +29,7 @@ Mask = npt.NDArray[np.bool_]
 
 
 def read_keep_lists(path: str, coupling: Coupling, view: GraphView) -> dict[Group, Mask]:
-    """Atoms kept, by group.
+    """Atoms kept, by group; where several entries name one group, what all of them keep.
 
     Raises:
         PassOptionError: the file cannot be read, or an entry is of no known form.
@@ -40,27 +41,65 @@ def read_keep_lists(path: str, coupling: Coupling, view: GraphView) -> dict[Grou
         mask = _mask(name, entry, group, coupling, view)
         check_keep(group, mask)
         found[group] = mask & found[group] if group in found else mask
+        check_keep(group, found[group])
     return found
+
+
+# --- reading ---------------------------------------------------------------------------------------
 
 
 def _entries(path: str) -> Mapping[str, npt.NDArray[np.generic]]:
     file = Path(path)
     try:
-        if file.suffix == ".npz":
-            with np.load(file, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in arrays.files}
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        if file.suffix.lower() == ".npz":
+            return _arrays(path)
+        data = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise PassOptionError(
             f"keep-lists {path!r} cannot be read: {error}", hint="give a .json or .npz file of lists by name"
         ) from error
     if not isinstance(data, dict) or not all(isinstance(v, list) for v in data.values()):
         raise PassOptionError(f"keep-lists {path!r} are not lists by name", hint='write {"node": [0, 2, 5]}')
-    arrays = {name: np.asarray(entry) for name, entry in data.items()}
-    for name, array in arrays.items():
-        if array.dtype.kind not in "ib":
-            raise PassOptionError(f"keep-lists {path!r}: {name!r} holds neither numbers nor true and false")
-    return arrays
+    return {name: _listed(path, name, entry) for name, entry in data.items()}
+
+
+def _arrays(path: str) -> dict[str, npt.NDArray[np.generic]]:
+    arrays = np.load(path, allow_pickle=False)
+    if not isinstance(arrays, np.lib.npyio.NpzFile):
+        raise ValueError("it is a single array without a name")
+    with arrays:
+        found = {name: arrays[name] for name in arrays.files}
+    for name, array in found.items():
+        if array.dtype.kind not in "biuf" or array.ndim == 0:
+            raise PassOptionError(
+                f"keep-lists {path!r}: {name!r} is {array.dtype} of shape {array.shape}",
+                hint="give kept positions (integers) or a mask (bool, or floats that are 0 where something goes)",
+            )
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise PassOptionError(f"keep-lists {path!r}: {name!r} holds NaN or infinity")
+    return found
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is there twice")
+    return found
+
+
+def _listed(path: str, name: str, entry: list[object]) -> npt.NDArray[np.generic]:
+    if all(isinstance(e, bool) for e in entry) and entry:
+        return np.asarray(entry, np.bool_)
+    if all(isinstance(e, int) and not isinstance(e, bool) and abs(e) < 1 << 62 for e in entry):
+        return np.asarray(entry, np.int64)
+    raise PassOptionError(
+        f"keep-lists {path!r}: {name!r} is neither a list of whole numbers nor one of true and false",
+        hint="write [0, 2, 5] for the positions kept, or true and false for each",
+    )
+
+
+# --- what an entry says ----------------------------------------------------------------------------
 
 
 def _mask(name: str, entry: npt.NDArray[np.generic], group: Group, coupling: Coupling, view: GraphView) -> Mask:
@@ -69,22 +108,34 @@ def _mask(name: str, entry: npt.NDArray[np.generic], group: Group, coupling: Cou
     if entry.ndim > 1:
         axis = next((a for a in axes if _shape(a, view) == entry.shape), None)
         if axis is None:
-            raise CouplingError(f"{where}: a mask of shape {entry.shape} fits no weight of it")
+            known = ", ".join(f"{a.value!r} {list(_shape(a, view))}" for a in axes)
+            raise CouplingError(
+                f"{where}: a mask of shape {list(entry.shape)} fits no weight of it", hint=f"its weights: {known}"
+            )
         entry = (entry != 0).any(axis=tuple(d for d in range(entry.ndim) if d != axis.dim))
         axes = [axis]
     sizes = {a: int(np.prod(coupling.factors(a))) for a in axes}
-    if entry.dtype.kind == "b":
-        return _by_positions(where, entry.astype(bool), group, coupling, sizes)
-    numbers = entry.astype(np.int64)
+    if entry.dtype.kind in "bf":
+        return _by_positions(where, entry != 0, group, coupling, sizes)
+    return _by_positions(where, _from_numbers(where, entry.astype(np.int64), group, sizes), group, coupling, sizes)
+
+
+def _from_numbers(where: str, numbers: npt.NDArray[np.int64], group: Group, sizes: Mapping[Axis, int]) -> Mask:
     if numbers.size and numbers.min() < 0:
         raise CouplingError(f"{where}: {numbers.min()} is no position", hint="count from 0")
+    values, counts = np.unique(numbers, return_counts=True)
+    if (counts > 1).any():
+        raise CouplingError(
+            f"{where}: position {values[counts > 1][0]} is there twice",
+            hint="list each position kept once; a mask is written as true and false",
+        )
     largest = int(numbers.max(initial=0))
     size = group.size if largest < group.size else next((s for s in sizes.values() if largest < s), None)
     if size is None:
         raise CouplingError(f"{where}: there is no position {largest}", hint=f"count from 0 to {group.size - 1}")
     mask = np.zeros(size, bool)
     mask[numbers] = True
-    return _by_positions(where, mask, group, coupling, sizes)
+    return mask
 
 
 def _by_positions(where: str, mask: Mask, group: Group, coupling: Coupling, sizes: Mapping[Axis, int]) -> Mask:

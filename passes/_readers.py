@@ -69,15 +69,18 @@ def _patches(node: ir.Node) -> Patches | None:
         return None
     shape = tuple(int(d) for d in node.inputs[1].const_value.shape.numpy())
     kernel, rank = shape[2:], len(shape) - 2
-    if math.prod(kernel) == 1 or math.prod(shape[1:]) > _MOST_FEATURES or not 1 <= rank <= 3:
+    if math.prod(shape[1:]) > _MOST_FEATURES or not 1 <= rank <= 3:
         return None
     if node.attributes.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
         return None
     ones = (1,) * rank
     pads = tuple(node.attributes.get_ints("pads", (0,) * (2 * rank)))
+    strides = tuple(node.attributes.get_ints("strides", ones))
+    if math.prod((*kernel, *strides)) == 1 and not any(pads):
+        return None
     return Patches(
         kernel,
-        tuple(node.attributes.get_ints("strides", ones)),
+        strides,
         tuple(node.attributes.get_ints("dilations", ones)),
         pads[:rank],
         pads[rank:],
@@ -116,13 +119,15 @@ def linears(node: ir.Node, reader: Reader, evidence: Evidence) -> Iterator[Linea
     matrix = moved.reshape(-1, channels)
     outputs = array.shape[reader.outputs]
     order = [d for d in range(array.ndim) if d != axis].index(reader.outputs)
+    # steps between the windows a ConvTranspose lays down: a position gets so many fewer taps
+    apart = math.prod(node.attributes.get_ints("strides", ())) if node.op_type == "ConvTranspose" else 1
 
     def write(stored: npt.NDArray[np.float32], new: Array) -> None:
         np.moveaxis(stored, axis, -1)[...] = new.reshape(moved.shape)
 
     def by_output(shift: Array) -> Array:
         taps = np.moveaxis(shift.reshape(moved.shape[:-1]), order, 0)
-        return np.asarray(taps.reshape(outputs, -1).sum(axis=1))
+        return np.asarray(taps.reshape(outputs, -1).sum(axis=1)) / apart
 
     shiftable = bias_place(node) is not None and (node.op_type != "MatMul" or reader.index == 1)
     bias = by_output if shiftable else None

@@ -49,7 +49,8 @@ def refitted(
         ridge: see :mod:`onnxcompress.passes._refit`; None to leave the weights that stay as they are.
 
     Returns:
-        The weight, and what has to be added to the bias per output; None for nothing.
+        The weight, and what has to be added to the bias per output; None for nothing. A weight that other nodes
+        read, too, stays as it is where it stays at all; the bias is corrected all the same.
     """
     value = node.inputs[reader.index]
     if value is None or value.const_value is None:
@@ -61,9 +62,14 @@ def refitted(
     shift: Array | None = None
     if ridge is None:
         return array, None
+    tied = _tied(value, reader)
     for linear in linears(node, reader, evidence):
         features = np.flatnonzero(stay[linear.positions])
         new = np.zeros_like(linear.weight)
+        if tied:
+            gone = np.where(stay[linear.positions], 0.0, linear.moments.mean)
+            shift = None if linear.bias is None else linear.bias(linear.weight @ gone)
+            continue
         if linear.bias is None:
             new[:, features] = refit(linear.weight, linear.moments.matrix, features, ridge=ridge)
         else:
@@ -72,6 +78,11 @@ def refitted(
             shift = linear.bias(found.bias)
         linear.write(array, new)
     return array, shift
+
+
+def _tied(value: ir.Value, reader: Reader) -> bool:
+    """Whether several nodes read one large weight: refitted for one it would be wrong for the others."""
+    return not reader.weight.use and len(value.uses()) > 1
 
 
 def cut_down(
@@ -116,9 +127,8 @@ def _refit_readers(
         node = rewriter.node(reader.node)
         array, shift = refitted(node, reader, kept[reader.weight], evidence, ridge)
         value = node.inputs[reader.index]
-        if value is not None and not reader.weight.use and len(value.uses()) > 1:
-            continue  # read by several: what is refitted for one would be wrong for others
-        rewriter.set_weight(node, reader.index, array)
+        if value is not None and not _tied(value, reader):  # else it is only cut, with the others that read it
+            rewriter.set_weight(node, reader.index, array)
         if shift is not None:
             outputs = kept.get(Axis(reader.weight.value, reader.outputs, reader.weight.use))
             later.append((reader.node, shift, outputs))

@@ -100,7 +100,7 @@ class Selection:
     def _order(
         self, group: Group, criterion: Criterion, found: list[Linear], rewriter: Rewriter
     ) -> npt.NDArray[np.intp]:
-        stop = group.size - self._deepest.get(group.key, 1)
+        stop = None if _uneven(group) else group.size - self._deepest.get(group.key, 1)
         fixed = [int(i) for i in np.flatnonzero(group.fixed)]
         if criterion is Criterion.RANDOM:
             free = np.flatnonzero(~group.fixed)
@@ -178,6 +178,11 @@ def without(group: Group, order: npt.NDArray[np.intp], count: int) -> Mask:
             for name in held:
                 left[name] -= 1
     return mask
+
+
+def _uneven(group: Group) -> bool:
+    """Whether some tensors hold only some of the atoms, so that one may be passed over."""
+    return any(len(part.atoms) < group.size for part in group.parts)
 
 
 def _array(axis: Axis, rewriter: Rewriter) -> npt.NDArray[np.generic] | None:

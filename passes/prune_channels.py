@@ -19,7 +19,6 @@ together, and the weight is refitted once.
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -31,7 +30,7 @@ import onnx_ir as ir
 from onnxcompress.base import Choice, Pass, Site, Skip, Skipped, Stage, Term
 from onnxcompress.coupling import Coupling, Group
 from onnxcompress.coupling.removal import kept_positions, new_sizes
-from onnxcompress.errors import PassOptionError
+from onnxcompress.errors import CouplingError, PassOptionError
 from onnxcompress.passes import _recovery as recovery
 from onnxcompress.passes._keep_lists import read_keep_lists
 from onnxcompress.passes._refit import RIDGE
@@ -45,6 +44,8 @@ __all__ = ["Criterion", "PruneChannels"]
 
 Mask = npt.NDArray[np.bool_]
 
+_ROUNDING = 1e-9
+"""1 - 0.7 is a little more than 0.3, and three tenths of ten atoms are not four."""
 _LADDER = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
 """Shares of a group worth trying to keep."""
 
@@ -93,7 +94,6 @@ class PruneChannels(Pass):
     name: ClassVar[str] = "prune_channels"
     stage: ClassVar[Stage] = Stage.PRUNE
     rank: ClassVar[int] = 1
-    automatic: ClassVar[bool] = False
 
     ratio: float | None = None
     groups: tuple[str, ...] = ()
@@ -109,10 +109,14 @@ class PruneChannels(Pass):
             raise PassOptionError(f"prune_channels: ratio is {self.ratio}", hint="choose it from 0 to below 1")
         if self.multiple is not None and self.multiple < 1:
             raise PassOptionError(f"prune_channels: multiple is {self.multiple}", hint="choose 1 or more")
-        if not self.ridge >= 0:
+        if not 0 <= self.ridge < math.inf:
             raise PassOptionError(f"prune_channels: ridge is {self.ridge}", hint="choose 0 or more")
+        if self.seed < 0:
+            raise PassOptionError(f"prune_channels: seed is {self.seed}", hint="choose 0 or more")
         if self.keep is not None and self.ratio is not None:
             raise PassOptionError("prune_channels: both keep and ratio are given", hint="leave one out")
+        if self.keep is not None and self.groups:
+            raise PassOptionError("prune_channels: both keep and groups are given", hint="the file names its groups")
 
     @property
     def planned(self) -> bool:
@@ -139,7 +143,7 @@ class PruneChannels(Pass):
                 continue
             if group.pinned:
                 if group in wanted:
-                    refuse(group)
+                    raise _pinned(group)
                 yield Skipped(group.key, f"{group.size} {group.unit} have to stay: {group.why_fixed()}")
             elif not group.readers and not group.unweighted:
                 yield Skipped(group.key, f"nothing sums over these {group.size} {group.unit}")
@@ -151,6 +155,7 @@ class PruneChannels(Pass):
         group = coupling.group(site.key)
         mask = self._masks(view).get(group)
         if mask is not None:
+            self._check_width(group, mask)
             counts = [int(mask.sum())] if not mask.all() else []
             if not counts:
                 raise Skip("its keep-list keeps everything")
@@ -184,7 +189,8 @@ class PruneChannels(Pass):
         shares = _LADDER if self.ratio is None else (1 - self.ratio,)
         found: list[int] = []
         for share in shares:
-            count = max(math.ceil(share * group.size / step) * step, math.ceil(least / step) * step)
+            wanted = math.ceil(share * group.size / step - _ROUNDING) * step
+            count = max(wanted, math.ceil(least / step) * step)
             if count < group.size and count not in found:
                 found.append(count)
         if not found:
@@ -197,13 +203,18 @@ class PruneChannels(Pass):
         """Atoms that make up a multiple of what the device likes; heads come one by one."""
         if group.unit == "heads":
             return 1
-        wide = max((len(p.atoms) for p in group.parts if p.factor.axis in group.makers), default=group.size)
+        wide = _width(group)
         multiple = self.multiple
         if multiple is None:
             multiple = target.channel_multiple
             while multiple > 1 and multiple * 2 > wide:  # narrow groups: half of the block rather than nothing
                 multiple //= 2
         elif multiple > wide:
+            if group in {coupling.group(name) for name in self.groups}:
+                raise CouplingError(
+                    f"group {group.key!r}: its {wide} {group.unit} are fewer than the multiple {multiple}",
+                    hint="leave the group out, or choose a smaller multiple",
+                )
             raise Skip(f"{wide} {group.unit} are fewer than the multiple {multiple}")
         each = max(wide // group.size, 1)
         return max(multiple // math.gcd(multiple, each), 1)
@@ -239,6 +250,15 @@ class PruneChannels(Pass):
             return cut.mask
         return cut.selection.keep(cut.group, cut.count, rewriter, evidence)
 
+    def _check_width(self, group: Group, mask: Mask) -> None:
+        kept = int(mask.sum()) * max(_width(group) // group.size, 1)
+        if self.multiple is not None and kept < self.multiple and group.unit != "heads":
+            raise CouplingError(
+                f"group {group.key!r}: its keep-list keeps {int(mask.sum())} of {group.size} {group.unit}, "
+                f"a width below the multiple {self.multiple}",
+                hint="keep more, or leave multiple out",
+            )
+
     # --- inside ------------------------------------------------------------------------------------
 
     def _coupling(self, view: GraphView) -> Coupling:
@@ -251,11 +271,15 @@ class PruneChannels(Pass):
         return view.derive(("keep", path), lambda: read_keep_lists(path, self._coupling(view), view))
 
 
-def refuse(group: Group) -> None:
-    """Raises the error that names what pins a group."""
-    from onnxcompress.coupling import check_keep
+def _pinned(group: Group) -> CouplingError:
+    """Names what pins a group."""
+    text = f"group {group.key!r} ({group.size} {group.unit}) is pinned: {group.why_fixed()}"
+    return CouplingError(text, hint="leave it out, or change what pins it")
 
-    check_keep(group, np.zeros(group.size, bool) | group.fixed & False)
+
+def _width(group: Group) -> int:
+    """Positions of the widest weight that makes a group."""
+    return max((len(p.atoms) for p in group.parts if p.factor.axis in group.makers), default=group.size)
 
 
 def _cut(choice: Choice) -> Cut:
@@ -282,8 +306,3 @@ def _bytes_saved(view: GraphView, sizes: Mapping[tuple[str, int], int]) -> int:
                 share *= sizes.get((str(value.name), axis), extent) / extent
             total += round(tensor.nbytes * (1 - share))
     return total
-
-
-def seed_of(name: str, seed: int) -> int:
-    """A seed that is another for every group and the same on every machine."""
-    return zlib.crc32(name.encode()) ^ seed
