@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from onnxcompress.passes._extents import kept_extents
 from onnxcompress.view import GraphView
 
 __all__ = ["KEEP_ORDER", "origin", "unchanged"]
@@ -57,6 +58,8 @@ def unchanged(node: ir.Node, view: GraphView, same: dict[ir.Value, ir.Value]) ->
             return first if pads is not None and not np.any(pads) else None
         case "Mul" | "Div" | "Add" | "Sub":
             return _neutral(node, view)
+        case "Where":
+            return kept_extents(node, view)
         case _:
             return None
 

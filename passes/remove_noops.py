@@ -7,6 +7,7 @@
     R(S(x)) = R(x)            Reshape to a constant shape after anything that keeps the order of elements
     clip(clip(x, a, b), c, d) = clip(x, clip(a, c, d), clip(b, c, d))      a <= b, c <= d; Relu is clip(., 0, inf)
     x * clip(x / 6 + 1/2, 0, 1) = HardSwish(x)      where the opset has it (14)
+    Where(x == k, y, x) = x   k < 0 and x a list of extents, which are never negative (``_extents``)
     outputs nobody reads      a node is asked for fewer (Dropout mask, Indices of MaxPool, states of LSTM)
 
 Shapes count only as far as graph inputs and weights determine them; a Reshape is a no-op if all extents
