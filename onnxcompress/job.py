@@ -59,6 +59,14 @@ BYTES_WORTH = 0.5
 _SLOW_SECONDS = 0.01
 """Models predicted slower than this have their terms priced on one sample, faster ones on two."""
 
+_MORE_SAMPLES = 4
+"""Noise of what is removed differs more from sample to sample than that of rounding."""
+
+_WORTH_TRYING = 0.25
+"""Least share of the budget that pruning is tried with."""
+_WORTH_KEEPING = 0.97
+"""It is kept where the whole then takes less than this part of the time."""
+
 _HOLDOUT_LIMIT = 16
 _FEW = 8
 _TIMING_SECONDS = 0.25
@@ -134,13 +142,89 @@ class Job:
             self._not_slower(lossy, by_hand=by_hand)
 
     def _rewrite(self, passes: Sequence[Pass], *, by_hand: bool, float_only: bool = False) -> None:
-        """All passes that change outputs, on the normalised model."""
-        self.result, self.saved, self.rewrites, self.sites = self.normalised, 0.0, [], []
+        """All passes that change outputs, on the normalised model.
+
+        Pruning comes first in the graph but last in the plan: noise buys more elsewhere, so it is tried with what
+        the others leave of the budget, and kept where the whole is then faster on the profile.
+        """
+        early = [] if by_hand else [p for p in passes if p.stage is Stage.PRUNE]
+        late = [p for p in passes if p not in early]
+        self._in_turn(late, 1.0, by_hand=by_hand, float_only=float_only)
+        share = self._budget_left() if early else 0.0
+        if not early or share < _WORTH_TRYING:
+            for pass_ in early:
+                self._not_tried(pass_, share)
+            return
+        seconds = self._cost_of_result()
+        before = (self.result, self.saved, self.rewrites, self.sites)
+        self._in_turn(early, share, by_hand=False, float_only=float_only)
+        if self.result is not self.normalised:
+            pruned = self.result
+            self._in_turn(late, 1.0, by_hand=False, float_only=float_only, start=pruned)
+            if self._cost_of_result() < _WORTH_KEEPING * seconds and not self._problem(self.result):
+                return
+        tried = self.rewrites, self.sites
+        self.result, self.saved, self.rewrites, self.sites = before
+        names = {p.name for p in early}
+        slower = f"with it the whole is predicted to take {1e3 * seconds:.3g} ms or more, as without it"
+        for report in (r for r in tried[0] if r.name in names):
+            dropped = replace(report, changed=0, outcome="dropped", reason=slower) if report.changed else report
+            self.rewrites = [*self.rewrites, dropped]
+        self.sites = [
+            *self.sites,
+            *(
+                s if s.decision == KEEP else replace(s, decision=KEEP, reason=slower)
+                for s in tried[1]
+                if s.pass_name in names
+            ),
+        ]
+
+    def _problem(self, model: ir.Model) -> str:
+        return "" if model is self.normalised else self.check(model).problem
+
+    def _budget_left(self) -> float:
+        """Share of the budget that the present result leaves."""
+        if self.result is self.normalised:
+            return 1.0
+        if self.budget.min_sqnr_db is None and self.budget.max_drop is not None:
+            before, now = self.metric_before, self._score(self.result)
+            if before is None or now is None or not self.budget.max_drop:
+                return 0.0
+            return min(1.0, max(0.0, 1 - (before - now) / (self.budget.max_drop * abs(before) or 1.0)))
+        floor = DEFAULT_MIN_SQNR_DB if self.budget.min_sqnr_db is None else self.budget.min_sqnr_db
+        return max(0.0, 1 - 10 ** ((floor - self.reference.compare(self.result).min_sqnr_db) / 10))
+
+    def _not_tried(self, pass_: Pass, share: float) -> None:
+        """Says of every site of a pass that the others left nothing for it."""
+        view = GraphView(self.normalised, self.shapes)
+        offer = offers(pass_, view, self.target, synthetic=self.source.synthetic)
+        reason = f"other rewrites pay more and leave {share:.0%} of the accuracy budget: too little to prune with"
+        ops = {str(n.name): n.op_type for n in view.nodes()}
+        self.sites += [SiteReport(pass_.name, s.key, ops.get(s.key, ""), KEEP, s.reason) for s in offer.skipped]
+        self.sites += [SiteReport(pass_.name, s.key, ops.get(s.key, ""), KEEP, reason) for s in offer.choices]
+        why = reason if offer.choices else ""
+        self.rewrites.append(PassReport(pass_.name, pass_options(pass_), 0, "nothing to do", why))
+
+    def _in_turn(
+        self, passes: Sequence[Pass], share: float, *, by_hand: bool, float_only: bool, start: ir.Model | None = None
+    ) -> None:
+        """Passes one after the other; those that prune may use this share of the budget.
+
+        Args:
+            passes: in the order they run.
+            share: of the budget.
+            by_hand: the user named them.
+            float_only: only choices that leave the kernels float.
+            start: what an earlier turn left, to go on from; by default the normalised model, from scratch.
+        """
+        if start is None:
+            self.result, self.saved, self.rewrites, self.sites = self.normalised, 0.0, [], []
         for pass_ in passes:
             ways = [pass_, *(pass_.gentler() if self.target.required and not by_hand else ())]
+            part = share if pass_.stage is Stage.PRUNE and not by_hand else 1.0
             while ways:
                 sites, way = len(self.sites), ways.pop(0)
-                self.result = self._lossy(self.result, way, by_hand=by_hand, float_only=float_only)
+                self.result = self._lossy(self.result, way, part, by_hand=by_hand, float_only=float_only)
                 if not ways or self.rewrites[-1].outcome != "dropped":
                     break
                 del self.sites[sites:], self.rewrites[-1]  # the attempts still tell of it
@@ -209,7 +293,7 @@ class Job:
 
     # --- one pass that changes outputs ---------------------------------------------------------
 
-    def _lossy(self, model: ir.Model, pass_: Pass, *, by_hand: bool, float_only: bool) -> ir.Model:
+    def _lossy(self, model: ir.Model, pass_: Pass, share: float, *, by_hand: bool, float_only: bool) -> ir.Model:
         shapes = self._shapes_of(model)
         view = GraphView(model, shapes)
         offer = offers(pass_, view, self.target, synthetic=self.source.synthetic, float_only=float_only)
@@ -228,7 +312,7 @@ class Job:
         questions, values, missing = ask(offer, view, self.cost, shapes, alone, integers_only=required)
         by_term = {t: o.choice for q in questions for o in q.options for t in o.choice.terms if t.kind == ALONE}
         floor = self.budget.min_sqnr_db
-        noise = 10 ** (-(DEFAULT_MIN_SQNR_DB if floor is None else floor) / 10)
+        noise = share * 10 ** (-(DEFAULT_MIN_SQNR_DB if floor is None else floor) / 10)
 
         known = Evidence(synthetic=self.source.synthetic)
         swept: set[Need] = set()
@@ -256,7 +340,13 @@ class Job:
 
         rate = BYTES_WORTH * sum(q.seconds for q in questions) / max(1, models.weight_bytes(model))
         samples = 1 if self.predicted > _SLOW_SECONDS else 2
-        search = Search(model, pass_, questions, values, noise, rate, gather, price, self.check, samples)
+        if any(o.choice.resizes for q in questions for o in q.options):
+            samples *= _MORE_SAMPLES
+
+        def check(candidate: ir.Model) -> Checked:
+            return self.check(candidate, share)
+
+        search = Search(model, pass_, questions, values, noise, rate, gather, price, check, samples)
         found = search.by_hand() if by_hand and not pass_.planned else search.run()
         self.attempts += search.attempts
         self.saved += found.plan.seconds_before - found.plan.seconds
@@ -304,19 +394,25 @@ class Job:
 
     # --- verifying -----------------------------------------------------------------------------
 
-    def check(self, model: ir.Model) -> Checked:
-        """Runs a candidate on held-out data."""
+    def check(self, model: ir.Model, share: float = 1.0) -> Checked:
+        """Runs a candidate on held-out data.
+
+        Args:
+            model: the candidate.
+            share: of the budget that it may use.
+        """
         self.progress("building and checking a plan", len(self.attempts), None)
         sqnr = self.reference.compare(model).min_sqnr_db
         floor = self.budget.min_sqnr_db
         if floor is None and self.budget.max_drop is None:
             floor = DEFAULT_MIN_SQNR_DB
+        floor = None if floor is None else floor - 10 * math.log10(share)
         if floor is not None and sqnr < floor:
             return Checked(sqnr, None, f"worst output at {sqnr:.1f} dB, {floor:.1f} dB asked for")
         if self.budget.max_drop is None or self.metric_before is None:
             return Checked(sqnr, None, "")
         metric = self._score(model)
-        least = self.metric_before - self.budget.max_drop * abs(self.metric_before)
+        least = self.metric_before - share * self.budget.max_drop * abs(self.metric_before)
         problem = "" if metric is not None and metric >= least else f"metric {metric:.6g} is below {least:.6g}"
         return Checked(sqnr, metric, problem)
 

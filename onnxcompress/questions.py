@@ -20,6 +20,8 @@ __all__ = ["Offer", "ask", "explain", "offers"]
 
 
 _HARDLY_FASTER = 0.8
+_LARGE = 1000
+"""Nodes of a graph above which a width is priced as if what runs inside what stayed the same."""
 _NO_DATA = "it needs ranges from real data, and there is no calibration data"
 
 
@@ -143,7 +145,9 @@ class _Resizing:
         for name, axis, size in resizes:
             if name in self._known:
                 changes.setdefault(name, list(self._known[name]))[axis] = size
-        return self._costing.reshaped({name: tuple(shape) for name, shape in changes.items()}).cost().seconds
+        large = len(self._view.nodes()) > _LARGE
+        shapes = {name: tuple(shape) for name, shape in changes.items()}
+        return self._costing.reshaped(shapes, same_structure=large).cost().seconds
 
 
 def _integer(options: Sequence[Option]) -> tuple[Option, ...]:
