@@ -305,7 +305,76 @@ CASES: dict[str, Case] = {
         ints={"i": [-2, 5]},
         domain="com.microsoft",
     ),
+    "group query attention": _three(
+        "l = Cast <to = 6> (lengths)\n t = Cast <to = 6> (total)\n"
+        "b, pk, pv = com.microsoft.GroupQueryAttention <num_heads = 4, kv_num_heads = 2> (q, k, v, , , l, t)",
+        {},
+        q=32,
+        k=16,
+        v=16,
+        out=32,
+        ints={"lengths": [4, 4], "total": [5]},
+        domain="com.microsoft",
+    ),
+    "rotary embedding of onnx": _three(
+        "r = RotaryEmbedding <num_heads = 2> (q, cos, sin, i)\n"
+        "s = RotaryEmbedding <num_heads = 2> (k, cos, sin, i)\n"
+        "b = Attention <q_num_heads = 2, kv_num_heads = 2> (r, s, v)",
+        {"cos": (9, 2), "sin": (9, 2)},
+        ints={"i": [-2, 5]},
+        opset=23,
+    ),
+    "rotary embedding of pairs side by side": _three(
+        "r = com.microsoft.RotaryEmbedding <interleaved = 1> (q, i, cos, sin)\n"
+        "s = com.microsoft.RotaryEmbedding <interleaved = 1> (k, i, cos, sin)\n"
+        "b = com.microsoft.MultiHeadAttention <num_heads = 2> (r, s, v)",
+        {"cos": (9, 4), "sin": (9, 4)},
+        q=16,
+        k=16,
+        v=16,
+        out=16,
+        ints={"i": [-2, 5]},
+        domain="com.microsoft",
+    ),
+    "embeddings with layer norm": Case(
+        """m (int32[2, 5] x) => (float[2, 5, 4] y) {
+            b, mask = com.microsoft.EmbedLayerNormalization (x, , words, places, , gamma, beta)
+            y = MatMul (b, w2)
+        }""",
+        {"words": (11, 8), "places": (9, 8), "gamma": (8,), "beta": (8,), "w2": (8, 4)},
+        domain="com.microsoft",
+    ),
     # quantized
+    "quantized conv": _picture(
+        "one = Constant <value = float {0.1}> ()\n zero = Constant <value = uint8 {3}> ()\n"
+        "aq = QuantizeLinear (a, one, zero)\n zs = Constant <value = int8 {0}> ()\n"
+        "wq = QuantizeLinear (w, one, zs)\n"
+        "cq = QLinearConv (aq, one, zero, wq, one, zs, one, zero)\n b = DequantizeLinear (cq, one, zero)",
+        {"w": (6, 8, 1, 1)},
+        right=6,
+    ),
+    "integer conv": _picture(
+        "one = Constant <value = float {0.1}> ()\n zero = Constant <value = uint8 {3}> ()\n"
+        "aq = QuantizeLinear (a, one, zero)\n zs = Constant <value = uint8 {0}> ()\n"
+        "wq = QuantizeLinear (w, one, zs)\n ci = ConvInteger (aq, wq, zero, zs)\n b = Cast <to = 1> (ci)",
+        {"w": (6, 8, 1, 1)},
+        right=6,
+    ),
+    "integer matmul": _rows(
+        "one = Constant <value = float {0.1}> ()\n zero = Constant <value = int8 {0}> ()\n"
+        "aq, scale, zp = DynamicQuantizeLinear (a)\n wq = QuantizeLinear (w, one, zero)\n"
+        "ci = MatMulInteger (aq, wq, zp, zero)\n b = Cast <to = 1> (ci)",
+        {"w": (8, 6)},
+        right=6,
+    ),
+    "quantized matmul": _rows(
+        "one = Constant <value = float {0.1}> ()\n zero = Constant <value = int8 {0}> ()\n"
+        "aq = QuantizeLinear (a, one, zero)\n wq = QuantizeLinear (w, one, zero)\n"
+        "cq = QLinearMatMul (aq, one, zero, wq, one, zero, one, zero)\n b = DequantizeLinear (cq, one, zero)",
+        {"w": (8, 6)},
+        right=6,
+    ),
+    # another operator's
     "no rule": _rows("b = com.example.Fly (a)", {}, domain="com.example", runs=False),
     # control flow
     "if": _rows(

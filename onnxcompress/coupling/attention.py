@@ -151,8 +151,7 @@ def group_query(node: ir.Node, at: Coupler) -> None:
     for operand, factors in ((q, heads.query), (k, (heads.groups, heads.width)), (v, (heads.groups, heads.width))):
         _spread(operand, factors, node, at)
     _spread(y, heads.output, node, at)
-    if node.attributes.get_int("do_rotary", 0):
-        at.pin(heads.width, node, _ROTATES)
+    at.pin(heads.width, node, "onnxruntime takes only widths of 8, 16, 24, ...")
     for index in (3, 4):
         _cache(at.input(node, index), heads.groups, heads.width, node, at)
     _keep_rest(node, at, 5, 6, 7, 8, 9)

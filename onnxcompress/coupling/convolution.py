@@ -55,7 +55,7 @@ def convolve(
         at.same(x[1], w[1], node)
         if w.constant and index is not None:
             at.sums(node, index, w[1], x[1], 0)
-        elif not w.constant:
+        elif not w.constant or index is None:
             at.sums_data(node, w[1])
     else:
         many = at.virtual(node, "groups", groups)
@@ -64,7 +64,7 @@ def convolve(
         at.product([w[0]], [many, each], node)
         if w.constant and index is not None and w.shape[1] > 1:
             at.sums(node, index, w[1], None, 0, many)
-        elif not w.constant:
+        elif not w.constant or index is None:
             at.sums_data(node, w[1])
 
 

@@ -1,7 +1,7 @@
 """Operators on integers: those of float with scales and zero points beside them.
 
-Scales go with the axis they belong to. What is summed over is told only of float weights, since no integer
-weight can make up for anything.
+Scales go with the axis they belong to. No integer weight can make up for what is removed, so they are summed over like
+computed values.
 """
 
 from __future__ import annotations
@@ -47,11 +47,18 @@ def conv_integer(node: ir.Node, at: Coupler) -> None:
 mends("QLinearConv", "ConvInteger")(regroup_channels)
 
 
+def _multiply(node: ir.Node, at: Coupler, index: int) -> Axis | None:
+    a = at.data(node)
+    _, columns = multiply(node, at, a, at.data(node, index), at.output(node))
+    at.sums_data(node, a[-1])
+    return columns
+
+
 @rule("MatMulInteger")
 @rule("MatMulIntegerToFloat", domain="com.microsoft")
 def matmul_integer(node: ir.Node, at: Coupler) -> None:
     """A, B, zero points; with scales in front of them where it gives float."""
-    _, columns = multiply(node, at, at.data(node), at.data(node, 1), at.output(node))
+    columns = _multiply(node, at, 1)
     if columns is not None:
         _scales(node, at, columns, *((3, 5, 6) if node.domain else (3,)))
 
@@ -59,7 +66,7 @@ def matmul_integer(node: ir.Node, at: Coupler) -> None:
 @rule("DynamicQuantizeMatMul", domain="com.microsoft")
 def dynamic_matmul(node: ir.Node, at: Coupler) -> None:
     """A, B, scale and zero of B, bias."""
-    _, columns = multiply(node, at, at.data(node), at.data(node, 1), at.output(node))
+    columns = _multiply(node, at, 1)
     if columns is not None:
         _scales(node, at, columns, 2, 3, 4)
 
@@ -67,7 +74,7 @@ def dynamic_matmul(node: ir.Node, at: Coupler) -> None:
 @rule("QLinearMatMul")
 def qlinear_matmul(node: ir.Node, at: Coupler) -> None:
     """A, scale, zero, B, scale, zero, scale, zero of Y."""
-    _, columns = multiply(node, at, at.data(node), at.data(node, 3), at.output(node))
+    columns = _multiply(node, at, 3)
     if columns is not None:
         _scales(node, at, columns, 4, 5)
 
