@@ -116,16 +116,16 @@ def run_scale(
         )
     if not arguments.zoo:
         rows.append(("minilm pruned: ONNXCOMPRESS_ZOO is not set", "", ""))
-    ways: dict[str, tuple[dict[str, object], float]] = {
-        "half, by hand": ({"ratio": 0.5}, -1000.0),
-        "planned": ({}, 20.0),
+    ways: dict[str, tuple[str, float]] = {
+        "half, by hand": ("ratio=0.5", -1000.0),
+        "planned": ("", 20.0),
     }
     for name, (options, decibels) in ways.items() if arguments.zoo else ():
         note(f"minilm, {name}")
         with tempfile.TemporaryDirectory() as folder:
             done = run_worker(
                 "benchmarks.prune_worker", "prune", "minilm", str(Path(folder) / "model.onnx"),
-                str(arguments.calibration), arguments.profile, json.dumps(options), str(decibels),
+                str(arguments.calibration), arguments.profile, options, str(decibels),
                 timeout=arguments.timeout,
             )  # fmt: skip
         scale[f"minilm {name}"] = {**done.result, "seconds": done.seconds, "cpu_seconds": done.cpu_seconds,
@@ -150,8 +150,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--subjects", default="", help="families: comma list of families and zoo models; all by default")
     add("--models", default=",".join(curves.LADDERS), help="curves: comma list of: " + ", ".join(TASKS))
     add("--ladder", default="", help="curves: dB floors for every model, as 20,15,10")
-    add("--rivals", default=",".join(curves.RIVALS), help="curves: comma list of: " + ", ".join(curves.RIVALS))
-    add("--options", default="{}", help="curves: options of the planned pass, as JSON")
+    add("--rivals", default=f"{curves.PLAIN},{curves.REFITTED}", help="curves: comma list of: " + ", ".join(curves.RIVALS))
+    add("--options", default="", help="curves: options of the planned pass, as criterion=activation")
     add("--onnxsim", default="", metavar="PYTHON", help="families: interpreter that has onnxsim 0.8.1")
     add("--samples", type=int, default=8, help="families: feeds the pass sees")
     add("--calibration", type=int, default=64, help="calibration samples of curves and scale")
@@ -175,9 +175,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name}: unknown {', '.join(unknown)}; there are {', '.join(all_names)}")
     try:
         arguments.ladder = [float(v) for v in arguments.ladder.split(",") if v]
-        arguments.options = json.loads(arguments.options)
     except ValueError as error:
-        parser.error(f"--ladder takes numbers, --options JSON: {error}")
+        parser.error(f"--ladder takes numbers: {error}")
     if arguments.keep:
         arguments.keep.mkdir(parents=True, exist_ok=True)
     return arguments

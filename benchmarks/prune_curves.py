@@ -25,10 +25,9 @@ FP32 = "fp32"
 OURS = "planned"
 PLAIN = "magnitude"
 REFITTED = "magnitude+refit"
-RIVALS: dict[str, dict[str, object]] = {
-    PLAIN: {"criterion": "magnitude", "recover": False},
-    REFITTED: {"criterion": "magnitude", "recover": True},
-}
+UNIFORM = "uniform"
+RIVALS = {PLAIN: "criterion=magnitude,recover=false", REFITTED: "criterion=magnitude", UNIFORM: "criterion=auto"}
+"""Options of the pass as on the command line; the ratio comes on top."""
 LADDERS: dict[str, tuple[float, ...]] = {
     "lite0": (14, 10, 7, 5, 3),
     "det": (20, 15, 11, 8, 5),
@@ -74,7 +73,8 @@ def curve(name: str, arguments: Namespace, work: Path) -> list[Point]:
     points = [Point(name, FP32, file=str(TASKS[name].path))]
     for decibels in arguments.ladder or LADDERS.get(name, LADDERS["det"]):
         points.append(_planned(name, decibels, arguments, work))
-        points[0].predicted_ms = points[0].predicted_ms or points[-1].predicted_ms
+        if points[-1].predicted_ms and points[-1].predicted_speed:
+            points[0].predicted_ms = points[-1].predicted_ms * points[-1].predicted_speed
     ours = [p for p in points if p.candidate == OURS and not p.error]
     for rival in arguments.rivals:
         points += _matched(name, rival, ours, arguments, work)
@@ -89,7 +89,7 @@ def _planned(name: str, decibels: float, arguments: Namespace, work: Path) -> Po
     point = Point(name, OURS, decibels, file=str(work / f"planned_{decibels:g}.onnx"))
     made = run_worker(
         "benchmarks.prune_worker", "prune", name, point.file, str(arguments.calibration), arguments.profile,
-        json.dumps(arguments.options), str(decibels), timeout=arguments.timeout,
+        arguments.options, str(decibels), timeout=arguments.timeout,
     )  # fmt: skip
     point.seconds, point.peak_megabytes, point.error = made.seconds, made.peak_mb, made.error
     if not point.error:
@@ -104,10 +104,10 @@ def _matched(name: str, rival: str, ours: Sequence[Point], arguments: Namespace,
     folder = work / rival
     folder.mkdir(exist_ok=True)
     fixed = RIVALS[rival]
-    samples = arguments.calibration if fixed["recover"] else 2  # which has nothing to calibrate
+    samples = 2 if rival == PLAIN else arguments.calibration  # it has nothing to calibrate
     made = run_worker(
         "benchmarks.prune_worker", "match", name, str(folder), str(samples), arguments.profile,
-        json.dumps(fixed), json.dumps([p.predicted_ms for p in ours]), timeout=arguments.timeout,
+        fixed, json.dumps([p.predicted_ms for p in ours]), timeout=arguments.timeout,
     )  # fmt: skip
     if made.error:
         return [Point(name, rival, error=made.error)]

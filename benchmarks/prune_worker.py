@@ -26,7 +26,7 @@ from benchmarks.measure import write_result
 from benchmarks.producers import first_line
 from benchmarks.prune_families import examine
 from benchmarks.tasks import TASKS, Feed
-from onnxcompress import Budget, Result, optimize
+from onnxcompress import Budget, Result, optimize, registry
 from onnxcompress import model as models
 from onnxcompress.calibrate import value_shapes
 from onnxcompress.cost import CostModel
@@ -48,9 +48,9 @@ def family(name: str, onnxsim: str, samples: str, profile: str) -> dict[str, Any
 
 
 def prune(task: str, output: str, samples: str, profile: str, options: str, decibels: str) -> dict[str, Any]:
-    """One pruned model; ``options`` are those of the pass, as JSON."""
+    """One pruned model; ``options`` are those of the pass, as on the command line."""
     chosen = TASKS[task]
-    result = _pruned(task, int(samples), profile, json.loads(options), float(decibels), Path(output))
+    result = _pruned(task, int(samples), profile, options, float(decibels), Path(output))
     feed = next(iter(chosen.feeds(1)))
     return {
         "predicted_ms": _predicted(result.model, feed, profile),
@@ -63,7 +63,7 @@ def prune(task: str, output: str, samples: str, profile: str, options: str, deci
 
 def match(task: str, folder: str, samples: str, profile: str, options: str, milliseconds: str) -> dict[str, Any]:
     """For every latency asked for, the uniform ratio whose predicted latency is nearest to it."""
-    fixed, wanted = json.loads(options), json.loads(milliseconds)
+    wanted = json.loads(milliseconds)
     feed = next(iter(TASKS[task].feeds(1)))
     made: dict[int, tuple[float, Path]] = {}
 
@@ -71,7 +71,7 @@ def match(task: str, folder: str, samples: str, profile: str, options: str, mill
         """Falls as the step grows."""
         if step not in made:
             output = Path(folder) / f"{step}.onnx"
-            result = _pruned(task, int(samples), profile, {**fixed, "ratio": step / _STEPS}, NO_FLOOR, output)
+            result = _pruned(task, int(samples), profile, f"{options},ratio={step / _STEPS}", NO_FLOOR, output)
             made[step] = _predicted(result.model, feed, profile), output
         return made[step][0]
 
@@ -99,11 +99,11 @@ def couple(width: str, depth: str) -> dict[str, Any]:
     return {"nodes": len(view.nodes()), "groups": len(coupling.groups), "free": free, "seconds": seconds}
 
 
-def _pruned(task: str, samples: int, profile: str, options: dict[str, Any], decibels: float, output: Path) -> Result:
+def _pruned(task: str, samples: int, profile: str, options: str, decibels: float, output: Path) -> Result:
     chosen = TASKS[task]
     return optimize(
         chosen.path,
-        passes=[PruneChannels(**options)],
+        passes=[registry.parse(f"{PruneChannels.name}{{{options}}}")],
         budget=Budget(min_sqnr_db=decibels),
         calibration=chosen.feeds(samples),
         profile=profile,
