@@ -261,11 +261,14 @@ class _State:
 
 
 def _inverse(matrix: Array, ridge: float) -> Array:
-    """(S + ridge m I)^-1; a ridge of ``LEAST_RIDGE`` where that is numerically singular."""
+    """(S + ridge m I)^-1; a ridge of ``LEAST_RIDGE`` where that is numerically singular.
+
+    Moments added up in float32 can have negative eigenvalues as large as their rounding: then the ridge grows.
+    """
     if ridge < 0:
         raise ValueError(f"the ridge is {ridge}, and has to be 0 or more")
     scale, n = scale_of(matrix), len(matrix)
-    for relative in (ridge, max(ridge, LEAST_RIDGE)):
+    for relative in (ridge, *(max(ridge, LEAST_RIDGE * k) for k in (1, 1e2, 1e4))):
         damped = np.array(matrix, np.float64, order="F")
         damped.flat[:: n + 1] += relative * scale
         norm = np.abs(damped).sum(axis=0).max(initial=0.0)
