@@ -150,7 +150,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--subjects", default="", help="families: comma list of families and zoo models; all by default")
     add("--models", default=",".join(curves.LADDERS), help="curves: comma list of: " + ", ".join(TASKS))
     add("--ladder", default="", help="curves: dB floors for every model, as 20,15,10")
-    add("--rivals", default=f"{curves.PLAIN},{curves.REFITTED}", help="curves: comma list of: " + ", ".join(curves.RIVALS))
+    rivals = f"{curves.PLAIN},{curves.REFITTED}"
+    add("--rivals", default=rivals, help="curves: comma list of: " + ", ".join(curves.RIVALS))
     add("--options", default="", help="curves: options of the planned pass, as criterion=activation")
     add("--onnxsim", default="", metavar="PYTHON", help="families: interpreter that has onnxsim 0.8.1")
     add("--samples", type=int, default=8, help="families: feeds the pass sees")
