@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from onnxcompress import model as models
 from onnxcompress.base import Choice, Pass, Skip, Skipped
+from onnxcompress.coupling.removal import forget_notes
 from onnxcompress.errors import OnnxCompressError
 from onnxcompress.evaluate import Reference, is_lossless
 from onnxcompress.report import Comparison, PassReport
@@ -40,6 +41,7 @@ def build(model: ir.Model, pass_: Pass, choices: Iterable[Choice], evidence: Evi
         PassContractError: the pass raised something that is not Skip or an error of ours.
     """
     copy = models.clone(model)
+    forget_notes(copy)
     rewriter = Rewriter(copy)
     wanted = tuple(choices)
     refused = pass_.apply_all(wanted, rewriter, evidence)
