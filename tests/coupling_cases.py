@@ -54,7 +54,7 @@ def _picture(
 
 def _rows(
     middle: str,
-    weights: dict[str, tuple[int, ...]],
+    weights: dict[str, tuple[int, ...]] | None = None,
     ints: dict[str, list[int]] | None = None,
     left: int = 8,
     right: int = 8,
@@ -68,7 +68,7 @@ def _rows(
         {middle}
         y = MatMul (b, w2)
     }}"""
-    return Case(body, {"w1": (3, left), "w2": (right, 4)} | weights, ints or {}, opset, domain, runs)
+    return Case(body, {"w1": (3, left), "w2": (right, 4)} | (weights or {}), ints or {}, opset, domain, runs)
 
 
 def _three(
@@ -383,4 +383,26 @@ CASES: dict[str, Case] = {
         b = If (c) <then_branch = yes () => (p) { p = Relu (a) }, else_branch = no () => (n) { n = Mul (a, g) }>""",
         {"zero": (-1, 0), "g": (8,)},
     ),
+    "loop": _rows(
+        """b = Loop (n, , a) <body = go (int64 i, bool c, float[2, 5, 8] s) => (d, t) {
+            d = Identity (c)
+            t = Mul (s, g)
+        }>""",
+        {"g": (8,)},
+        {"n": [3]},
+    ),
+    "captured by a loop": _rows(
+        """z = ReduceMax <axes = [2]> (x)
+        v = Loop (n, , z) <body = go (int64 i, bool c, float[2, 5, 1] s) => (d, t) {
+            d = Identity (c)
+            h = MatMul (a, g)
+            r = Relu (h)
+            e = MatMul (r, k)
+            t = Add (s, e)
+        }>
+        b = Add (a, v)""",
+        {"g": (8, 6), "k": (6, 1)},
+        {"n": [3]},
+    ),
+    "dropout with its mask": _rows("c, mask = Dropout (a)\n f = Cast <to = 1> (mask)\n b = Mul (c, f)"),
 }
