@@ -83,9 +83,11 @@ def test_a_rule_by_hand(clean: None) -> None:
     assert found["w1"] == (3, 3) and found["s"] == (3,) and found["w2"] == (3, 4)
 
 
-def test_a_rule_that_breaks_pins_and_says_so(clean: None) -> None:
+@pytest.mark.parametrize("attribute", ["dims", "op_type"])
+def test_a_rule_that_breaks_pins_and_says_so(clean: None, attribute: str) -> None:
     @rule("Fly", domain="com.example")
     def couple(node: ir.Node, at: Coupler) -> None:
+        assert getattr(node, attribute)
         at.same(at.data(node)[7], at.output(node)[0], node)
 
     group = Coupling(GraphView(fly()), shapes()).group("w1")

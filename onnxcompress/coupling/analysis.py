@@ -104,7 +104,7 @@ def _couple(node: ir.Node, coupler: Coupler) -> None:
         before = len(coupler.pins)
         try:
             found.couple(node, coupler)
-        except (CouplingError, IndexError, ValueError, KeyError) as error:
+        except Exception as error:  # anyone's rule, wrong in any way: what it touches stays, and the reason says so
             del coupler.pins[before:]
             text = error.message if isinstance(error, CouplingError) else f"its coupling rule broke: {error}"
             coupler.pin_all(node, text)
