@@ -113,6 +113,8 @@ class ChannelValues:
 
     def _visit(self, node: ir.Node, group: Group) -> None:
         inputs = [i for i in range(len(node.inputs)) if self._input(node, i, group)]
+        if node.op_type == "ConstantOfShape":
+            self._filled(node, group)
         if not inputs or node.op_type in _BLIND:
             return
         handler = None if node.domain else self._handler(node)
@@ -234,7 +236,7 @@ class ChannelValues:
     def _made(self, node: ir.Node, group: Group, part: Part, rows: Array, weight: Array, makes: int) -> None:
         """Nothing but the bias, where weights are zero."""
         silent = np.ones(group.size, bool)
-        silent[part.atoms[rows.reshape(len(rows), -1).any(axis=1)]] = False
+        silent[part.atoms[rows.any(axis=tuple(range(1, rows.ndim)))]] = False
         bias = self._bias(node, group)
         own = self._of_rows(by_position(weight, makes, part, self._coupling), part, group)
         labels = self._labels(group, node.name, own.label, bias.label)
@@ -320,6 +322,13 @@ class ChannelValues:
         (found,) = self._view.compute([node.outputs[0]], given)
         return np.asarray(found, np.float64)
 
+    def _filled(self, node: ir.Node, group: Group) -> None:
+        """One number everywhere, 0 by default (initial states of recurrent operators)."""
+        given = node.attributes.get("value")
+        number = 0.0 if given is None else float(given.as_tensor().numpy().reshape(-1)[0])
+        same = np.full(group.size, self._label(node.name), np.int64)
+        self._set(node.outputs[0], State(np.full(group.size, number), same), group)
+
     def _moved(self, node: ir.Node, group: Group) -> None:
         """Elements change places, or meet others of their own channel."""
         sources = range(len(node.inputs)) if node.op_type == "Concat" else (0,)
@@ -396,7 +405,7 @@ class ChannelValues:
             if i != 7:  # peepholes look at the cell, which is zero
                 rows = by_position(array, 1, carried[1], self._coupling)  # (units, directions, gates ...)
                 gates = [RECURRENT[node.op_type] - 1 + k for k in range(0, rows.shape[2], RECURRENT[node.op_type])]
-                silent[carried[1].atoms] &= ~rows[:, :, gates].reshape(len(rows), -1).any(axis=1)
+                np.logical_and.at(silent, carried[1].atoms, ~rows[:, :, gates].any(axis=tuple(range(1, rows.ndim))))
         labels = self._labels(group, node.name, *(s.label for s in states))
         state = State(np.where(silent, 0.0, np.nan), labels)
         for value in node.outputs:

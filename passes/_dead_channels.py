@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from onnxcompress.coupling import Axis, Coupling, Group, Part, remove
+from onnxcompress.coupling import Axis, Coupling, Factor, Group, Part, remove
 from onnxcompress.coupling.removal import kept_positions
 from onnxcompress.passes._channel_states import End, by_position
 from onnxcompress.passes._channel_values import ChannelValues
@@ -131,7 +131,7 @@ def _read(
     weights = by_position(array, axis.dim, part, coupling)
     asked = ~live[group][part.atoms]
     read = np.zeros(group.size, bool)
-    read[part.atoms[asked]] = weights[asked].reshape(int(asked.sum()), -1).any(axis=1)
+    np.logical_or.at(read, part.atoms[asked], weights[asked].any(axis=tuple(range(1, weights.ndim))))
     return read
 
 
@@ -209,12 +209,12 @@ def take_away(gone: Mapping[Group, Sequence[int]], found: Mapping[Group, Found],
     keeps = {group: ~np.isin(np.arange(group.size), atoms) for group, atoms in gone.items()}
     kept = kept_positions(coupling, keeps)
     shifts = [s for g, atoms in gone.items() for s in _shifts(found[g], atoms, rewriter, kept)]
-    done: set[Axis] = set()
+    done: set[Factor] = set()
     for group, atoms in gone.items():
         twins = {a: b for a, b in found[group].twins.items() if a in set(atoms)}
         for end in found[group].ends if twins else ():
-            if end.part is not None and end.part.factor.axis not in done:
-                done.add(end.part.factor.axis)
+            if end.part is not None and end.part.factor not in done:
+                done.add(end.part.factor)
                 _merge(rewriter, end, end.part, twins, coupling)
     remove(coupling, keeps, rewriter)
     for name, shift in shifts:

@@ -60,7 +60,8 @@ def suspects(view: GraphView) -> dict[tuple[str, int], str]:
         for index, axis, text in _suspects(node, view):
             value = node.inputs[index]
             if value is not None:
-                found.setdefault((str(value.name), axis), text)
+                key = (str(value.name), axis)
+                found[key] = text if text in found.get(key, text) else f"{found[key]} and {text}"
     return found
 
 
@@ -79,7 +80,7 @@ def _suspects(node: ir.Node, view: GraphView) -> Iterator[tuple[int, int, str]]:
             return
         if _silent(turned):
             yield index, makes, "makes with zeros"
-        elif alone and _doubled(turned, _bias(node, view, len(turned))):
+        if alone and _doubled(turned, _bias(node, view, len(turned))):
             yield index, makes, TWICE
     elif node.op_type in RECURRENT and not node.domain:
         array = view.array(node.inputs[1])
@@ -91,7 +92,7 @@ def _suspects(node: ir.Node, view: GraphView) -> Iterator[tuple[int, int, str]]:
         units = np.moveaxis(array.reshape(array.shape[0], gates, -1, array.shape[2]), 2, 0)
         if _silent(units[:, :, gates - 1]):  # what gets into the cell comes last
             yield 1, 1, "makes with zeros"
-        elif _doubled(units, None):
+        if _doubled(units, None):
             yield 1, 1, TWICE
     elif node.op_type in ("BatchNormalization", "Mul") and not node.domain:
         for index in (1,) if node.op_type == "BatchNormalization" else (0, 1):

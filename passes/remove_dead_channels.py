@@ -84,13 +84,13 @@ class RemoveDeadChannels(Pass):
     def choices(self, site: Site, view: GraphView, target: Target) -> list[Choice]:
         found, _ = self._found(view)
         one = found[self._coupling(view).group(site.key)]
-        multiple = target.channel_multiple if self.multiple is None else self.multiple
-        atoms = _in_step(one, multiple)
-        group = one.group
+        multiple = _narrow(one, target.channel_multiple if self.multiple is None else self.multiple)
+        atoms, group = _in_step(one, multiple), one.group
+        rest = len(one.all) - len(atoms)
+        why = f"{rest} of {group.size} {group.unit} add nothing or are there twice, but keep the width to {multiple}s"
         if not atoms:
-            what = f"{len(one.all)} of {group.size} {group.unit} add nothing or are there twice"
-            raise Skip(f"{what}, but without them the width would be no multiple that is as fast")
-        name = f"{group.size - len(atoms)} of {group.size} {group.unit}"
+            raise Skip(why)
+        name = f"{group.size - len(atoms)} of {group.size} {group.unit}" + (f" ({why})" if rest else "")
         return [Choice(site, name, effects=False, detail=_Removal(one, atoms))]
 
     def apply(self, choice: Choice, rewriter: Rewriter, evidence: Evidence) -> None:
@@ -105,7 +105,7 @@ class RemoveDeadChannels(Pass):
 
     def _found(self, view: GraphView) -> tuple[dict[Group, Found], dict[Group, str]]:
         def look() -> tuple[dict[Group, Found], dict[Group, str]]:
-            twins = any(text == TWICE for text in self._suspects(view).values())
+            twins = any(TWICE in text for text in self._suspects(view).values())
             found, refused = find(view, self._coupling(view), twins=twins)
             return {f.group: f for f in found}, refused
 
@@ -132,6 +132,15 @@ def _reason(group: Group, refused: Mapping[Group, str]) -> str:
     return "something else of its channels, or another reader, is not zero"
 
 
+def _narrow(found: Found, multiple: int) -> int:
+    """The multiple for narrow groups: half of the block rather than nothing."""
+    makers = [p.factor.axis for p in found.group.parts if p.factor.axis in found.group.makers]
+    narrowest = min(found.coupling.sizes[axis] for axis in makers)
+    while multiple > 1 and multiple * 2 > narrowest:
+        multiple //= 2
+    return multiple
+
+
 def _in_step(found: Found, multiple: int) -> tuple[int, ...]:
     """As many atoms as can go without leaving the multiples that the width is of now.
 
@@ -142,12 +151,9 @@ def _in_step(found: Found, multiple: int) -> tuple[int, ...]:
     tensors = [p for p in group.parts if p.factor.axis.dim >= 0]
     made = [p.factor for p in tensors if p.factor.axis in group.makers]
     each = min(math.prod(found.coupling.factors(f.axis)[f.place + 1 :]) for f in made)
-    narrowest = min(found.coupling.sizes[f.axis] for f in made)
-    while multiple > 1 and multiple * 2 > narrowest:  # narrow groups: half of the block rather than nothing
-        multiple //= 2
-    kinds: dict[bytes, list[int]] = {}
     members = {p.atoms.tobytes(): np.isin(np.arange(group.size), p.atoms) for p in tensors}
     patterns = np.stack(list(members.values()), axis=1)
+    kinds: dict[bytes, list[int]] = {}
     for atom in range(group.size):
         kinds.setdefault(patterns[atom].tobytes(), []).append(atom)
     going: list[int] = []
