@@ -26,7 +26,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "model report statistics images feeds findings",
         "view session sizes ranges origins synthetic profile_text pieces moments",
         "rewrite smooth data work target coupling.axes",
-        "coupling.groups",
+        "coupling.groups coupling.statements",
         "coupling.coupler",
         "coupling.mending",
         "coupling.rules",

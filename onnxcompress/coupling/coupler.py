@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnxcompress.coupling.axes import Axis, Factor, Strides, factors, joined, merged, regroup
+from onnxcompress.coupling.axes import Axis, Factor, Strides, factors, regroup
 from onnxcompress.coupling.groups import Pin, Reader
+from onnxcompress.coupling.statements import Pick, Same, split_pick, split_same
 from onnxcompress.errors import CouplingError
 from onnxcompress.view import GraphView
 
@@ -64,29 +65,6 @@ class Operand:
         return tuple(self[i] for i in range(len(self.shape)))
 
 
-@dataclass(frozen=True)
-class _Same:
-    node: str
-    left: tuple[Axis, ...]
-    right: tuple[Axis, ...]
-
-    @property
-    def axes(self) -> tuple[Axis, ...]:
-        return (*self.left, *self.right)
-
-
-@dataclass(frozen=True, eq=False)
-class _Pick:
-    node: str
-    part: Axis
-    whole: Axis
-    indices: Indices
-
-    @property
-    def axes(self) -> tuple[Axis, ...]:
-        return (self.part, self.whole)
-
-
 class Coupler:
     """Collects statements about one model.
 
@@ -111,7 +89,7 @@ class Coupler:
         self._shapes = shapes
         self._sizes: dict[Axis, int] = {}
         self._chains: dict[Axis, Strides] = {}
-        self._statements: list[_Same | _Pick] = []
+        self._statements: list[Same | Pick] = []
         self._about: dict[Axis, list[int]] = {}
         self._dead: set[int] = set()
         self._fixed: list[tuple[Axis, int, str, str]] = []
@@ -213,7 +191,7 @@ class Coupler:
             self.pin(a, node, f"{left} positions meet {right}")
             self.pin(b, node, f"{left} positions meet {right}")
             return
-        self._add(_Same("" if node is None else str(node.name), (a,), (b,)))
+        self._add(Same("" if node is None else str(node.name), (a,), (b,)))
 
     def product(self, left: Sequence[Axis], right: Sequence[Axis], node: ir.Node) -> None:
         """Axes read row-major are the same positions as other axes read row-major."""
@@ -223,7 +201,7 @@ class Coupler:
             for axis in (*left, *right):
                 self.pin(axis, node, "its sizes do not multiply to the same")
         elif left:
-            self._add(_Same(str(node.name), left, right))
+            self._add(Same(str(node.name), left, right))
 
     def reshaped(self, before: Operand, after: Operand, node: ir.Node) -> None:
         """The same elements in another shape."""
@@ -232,7 +210,7 @@ class Coupler:
 
     def pick(self, part: Axis, whole: Axis, indices: npt.ArrayLike, node: ir.Node) -> None:
         """Position i of one axis is position ``indices[i]`` of the other."""
-        self._add(_Pick(str(node.name), part, whole, np.asarray(indices, np.int64)))
+        self._add(Pick(str(node.name), part, whole, np.asarray(indices, np.int64)))
 
     def block(self, part: Axis, whole: Axis, start: int, node: ir.Node) -> None:
         """An axis is a run of positions of another."""
@@ -303,7 +281,7 @@ class Coupler:
         if apart is not None:
             self.apart[reader] = apart
 
-    def _add(self, statement: _Same | _Pick) -> None:
+    def _add(self, statement: Same | Pick) -> None:
         number = len(self._statements)
         self._statements.append(statement)
         for axis in statement.axes:
@@ -321,7 +299,10 @@ class Coupler:
             if number in self._dead:
                 continue
             statement = self._statements[number]
-            found = self._split_same(statement) if isinstance(statement, _Same) else self._split_pick(statement)
+            if isinstance(statement, Same):
+                found = split_same(statement, self._sizes, self._chains)
+            else:
+                found = split_pick(statement, self._sizes, self._chains)
             if found is None:
                 self._dead.add(number)
                 for axis in statement.axes:
@@ -333,49 +314,6 @@ class Coupler:
                     again = [n for n in self._about[axis] if n not in queued]
                     waiting.extend(again)
                     queued.update(again)
-
-    def _split_same(self, statement: _Same) -> dict[Axis, Strides] | None:
-        left, right = statement.left, statement.right
-        if len(left) == len(right) == 1:
-            a, b = self._chains.get(left[0], ()), self._chains.get(right[0], ())
-            if a == b:
-                return {}
-            both = merged(a, b)
-            return None if both is None else {left[0]: both, right[0]: both}
-        chains = [
-            joined([self._sizes[a] for a in side], [self._chains.get(a, ()) for a in side]) for side in (left, right)
-        ]
-        both = merged(*chains)
-        if both is None:
-            return None
-        found: dict[Axis, Strides] = {}
-        for side in (left, right):
-            base = 1
-            for axis in reversed(side):
-                top = base * self._sizes[axis]
-                inner = [s for s in both if base < s < top]
-                if any(s % base for s in inner):
-                    return None
-                strides = tuple(s // base for s in inner)
-                if found.setdefault(axis, strides) != strides:  # the same axis twice: a diagonal
-                    return None
-                base = top
-        return found
-
-    def _split_pick(self, statement: _Pick) -> dict[Axis, Strides] | None:
-        part, whole, indices = statement.part, statement.whole, statement.indices
-        inner, outer = self._chains.get(part, ()), self._chains.get(whole, ())
-        size, total = self._sizes[part], self._sizes[whole]
-        if not inner and not outer:
-            return {}
-        down = [s for s in outer if s < size and not _constant(indices // s)]
-        both = merged(inner, down)
-        if both is None or any(size % s or total % s or not _in_blocks(indices, s) for s in both):
-            return None
-        if any(not _constant(indices // s) for s in outer if s not in both):
-            return None
-        up = merged(outer, both)
-        return None if up is None else {part: both, whole: up}
 
     # --- the graph -------------------------------------------------------------------------------
 
@@ -396,7 +334,7 @@ class Coupler:
         for number, statement in enumerate(self._statements):
             if number in self._dead:
                 continue
-            if isinstance(statement, _Same):
+            if isinstance(statement, Same):
                 left, right = (self._places(side) for side in (statement.left, statement.right))
                 for a, b in zip(left, right, strict=True):
                     self._link(graph, a, b, None, statement.node)
@@ -424,7 +362,7 @@ class Coupler:
         else:
             graph.add_edge(a, b, node=node, maps=[(a, b, maps)])
 
-    def _link_pick(self, graph: nx.Graph, statement: _Pick) -> None:
+    def _link_pick(self, graph: nx.Graph, statement: Pick) -> None:
         part, whole = statement.part, statement.whole
         small, large = self.factors(part), self.factors(whole)
         inner = len(small) - 1
@@ -439,12 +377,3 @@ class Coupler:
             self._link(graph, Factor(part, 0), Factor(whole, level), maps, statement.node)
         for place in range(level):
             graph.nodes[Factor(whole, place)]["pins"].append(Pin(whole, statement.node, _APART))
-
-
-def _constant(values: Indices) -> bool:
-    return bool((values == values[0]).all()) if values.size else True
-
-
-def _in_blocks(indices: Indices, size: int) -> bool:
-    blocks = indices.reshape(-1, size)
-    return bool((blocks == blocks[:, :1] + np.arange(size)).all() and (blocks[:, 0] % size == 0).all())
