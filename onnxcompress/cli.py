@@ -222,6 +222,9 @@ def optimize(
             samples=samples,
             progress=progress,
         )
+    for dropped in (p for p in result.report.passes if specs and p.outcome == "dropped"):
+        wider = "--max-drop" if max_drop is not None else "--min-sqnr DB, or --metric and --max-drop"
+        warn(f"{dropped.name} was asked for and is not kept: {dropped.reason}. To allow it, give {wider}")
     if report_file is not None:
         _write(report_file, result.report.to_json() + "\n")
     return Answer(
@@ -270,6 +273,32 @@ def explain(model: Path, profile: str, shapes: dict[str, tuple[int, ...]], verbo
 
     found = explanation.explain(model, profile=profile, shapes=shapes)
     return Answer(found, render_explain.explanation(found, verbose=verbose))
+
+
+@command(
+    cli,
+    "groups",
+    "onnxcompress groups in.onnx",
+    "onnxcompress groups in.onnx --shape input=1x3x224x224 --json",
+)
+@click.argument("model", type=_MODEL, metavar="IN")
+@click.option(
+    "--shape", "shapes", callback=_shapes, multiple=True, metavar="NAME=1x3x224x224", help="Of a dynamic input."
+)
+@_calibration
+@_preprocess
+def groups(
+    model: Path, shapes: dict[str, tuple[int, ...]], calibration: str | None, preprocess: str | None, verbose: bool
+) -> Answer:
+    """Show which channels, heads, neurons and hidden units can be pruned, and why others cannot.
+
+    Names are those `prune_channels` takes, in keep-lists too. Shapes are those of a run of the first sample; inputs
+    are made up without data.
+    """
+    from onnxcompress import prunable, render_groups
+
+    found = prunable.groups(model, shapes=shapes, calibration=calibration, preprocess=preprocess)
+    return Answer(found, render_groups.groups(found, verbose=verbose))
 
 
 @command(

@@ -3,9 +3,10 @@
     {"conv1": [0, 2, 5], "features.3.weight": [true, false, ...]}        .json
     arrays by name: integers (kept positions), bool or float (masks)     .npz
 
-A name is the node that makes a group, or a tensor of it. Numbers count atoms (heads) or positions of the axis
-(channels of all heads). An array with the shape of the weight itself is a mask of its elements: a channel goes
-where all of it is zero.
+A name is the node that makes a group, or a weight that does. Numbers count atoms (heads) or positions of the axis
+(channels of all heads); of a weight that makes only some of the atoms (a branch of a Concat) they count its own
+positions, and what other branches make stays. An array with the shape of the weight itself is a mask of its
+elements: a channel goes where all of it is zero.
 """
 
 from __future__ import annotations
@@ -37,12 +38,22 @@ def read_keep_lists(path: str, coupling: Coupling, view: GraphView) -> dict[Grou
     """
     found: dict[Group, Mask] = {}
     for name, entry in _entries(path).items():
-        group = coupling.group(name)
-        mask = _mask(name, entry, group, coupling, view)
-        check_keep(group, mask)
-        found[group] = mask & found[group] if group in found else mask
-        check_keep(group, found[group])
+        try:
+            group, mask = _meant(name, entry, coupling, view)
+            found[group] = mask & found[group] if group in found else mask
+            _check(group, found[group])
+        except CouplingError as error:
+            hint = error.hint or "`onnxcompress groups MODEL` lists what can be pruned"
+            raise CouplingError(f"keep-lists {path!r}: {error.message}", hint=hint) from error
     return found
+
+
+def _check(group: Group, mask: Mask) -> None:
+    check_keep(group, mask)
+    empty = next((p.factor.axis for p in group.parts if not mask[p.atoms].any()), None)
+    if empty is not None:
+        text = f"group {group.key!r} ({group.size} {group.unit}): nothing would be left of {empty}"
+        raise CouplingError(text, hint="keep at least one of each branch")
 
 
 # --- reading ---------------------------------------------------------------------------------------
@@ -64,10 +75,10 @@ def _entries(path: str) -> Mapping[str, npt.NDArray[np.generic]]:
 
 
 def _arrays(path: str) -> dict[str, npt.NDArray[np.generic]]:
-    arrays = np.load(path, allow_pickle=False)
-    if not isinstance(arrays, np.lib.npyio.NpzFile):
-        raise ValueError("it is a single array without a name")
-    with arrays:
+    with Path(path).open("rb") as file:  # numpy leaves one it cannot read open
+        arrays = np.load(file, allow_pickle=False)
+        if not isinstance(arrays, np.lib.npyio.NpzFile):
+            raise ValueError("it is a single array without a name")
         found = {name: arrays[name] for name in arrays.files}
     for name, array in found.items():
         if array.dtype.kind not in "biuf" or array.ndim == 0:
@@ -102,6 +113,27 @@ def _listed(path: str, name: str, entry: list[object]) -> npt.NDArray[np.generic
 # --- what an entry says ----------------------------------------------------------------------------
 
 
+def _meant(name: str, entry: npt.NDArray[np.generic], coupling: Coupling, view: GraphView) -> tuple[Group, Mask]:
+    """The group an entry is about: the one of that key, else what a weight of that name makes."""
+    made = [g for g in coupling.groups if g.key == name]
+    made = made or [g for g in coupling.groups if not g.pinned and any(m.value == name for m in g.makers)]
+    if len(made) < 2:
+        group = made[0] if made else coupling.group(name)
+        return group, _mask(name, entry, group, coupling, view)
+    fits: list[tuple[Group, Mask]] = []
+    for group in made:  # heads and their widths: a list of whole heads is none of widths
+        try:
+            fits.append((group, _mask(name, entry, group, coupling, view)))
+        except CouplingError:
+            continue
+    if len(fits) == 1:
+        return fits[0]
+    raise CouplingError(
+        f"{name!r} makes {len(made)} groups, and the list fits {len(fits) or 'none'} of them",
+        hint="name the node of one: " + ", ".join(f"{g.key!r} ({g.size} {g.unit})" for g in made[:8]),
+    )
+
+
 def _mask(name: str, entry: npt.NDArray[np.generic], group: Group, coupling: Coupling, view: GraphView) -> Mask:
     where = f"keep-list {name!r} of group {group.key!r} ({group.size} {group.unit})"
     axes = [m for m in group.makers if m.value == name] or list(group.makers)
@@ -117,10 +149,16 @@ def _mask(name: str, entry: npt.NDArray[np.generic], group: Group, coupling: Cou
     sizes = {a: int(np.prod(coupling.factors(a))) for a in axes}
     if entry.dtype.kind in "bf":
         return _by_positions(where, entry != 0, group, coupling, sizes)
-    return _by_positions(where, _from_numbers(where, entry.astype(np.int64), group, sizes), group, coupling, sizes)
+    few = next((sizes[p.factor.axis] for p in group.parts if p.factor.axis in sizes and len(p.atoms) < group.size), 0)
+    if axes[0].value == name and few:  # one branch of several
+        sizes = {a: s for a, s in sizes.items() if s == few}
+        mask = _from_numbers(where, entry.astype(np.int64), few, sizes)
+    else:
+        mask = _from_numbers(where, entry.astype(np.int64), group.size, sizes)
+    return _by_positions(where, mask, group, coupling, sizes)
 
 
-def _from_numbers(where: str, numbers: npt.NDArray[np.int64], group: Group, sizes: Mapping[Axis, int]) -> Mask:
+def _from_numbers(where: str, numbers: npt.NDArray[np.int64], atoms: int, sizes: Mapping[Axis, int]) -> Mask:
     if numbers.size and numbers.min() < 0:
         raise CouplingError(f"{where}: {numbers.min()} is no position", hint="count from 0")
     values, counts = np.unique(numbers, return_counts=True)
@@ -130,9 +168,9 @@ def _from_numbers(where: str, numbers: npt.NDArray[np.int64], group: Group, size
             hint="list each position kept once; a mask is written as true and false",
         )
     largest = int(numbers.max(initial=0))
-    size = group.size if largest < group.size else next((s for s in sizes.values() if largest < s), None)
+    size = atoms if largest < atoms else next((s for s in sizes.values() if largest < s), None)
     if size is None:
-        raise CouplingError(f"{where}: there is no position {largest}", hint=f"count from 0 to {group.size - 1}")
+        raise CouplingError(f"{where}: there is no position {largest}", hint=f"count from 0 to {atoms - 1}")
     mask = np.zeros(size, bool)
     mask[numbers] = True
     return mask
@@ -148,7 +186,8 @@ def _by_positions(where: str, mask: Mask, group: Group, coupling: Coupling, size
     part = next(p for p in group.parts if p.factor.axis == axis)
     inner = int(np.prod(factors[part.factor.place + 1 :]))
     atoms = part.atoms[np.arange(mask.size) // inner % factors[part.factor.place]]
-    keep = np.zeros(group.size, bool)
+    keep = np.ones(group.size, bool)
+    keep[atoms[~mask]] = False
     keep[atoms[mask]] = True
     torn = np.flatnonzero(keep[atoms] & ~mask)
     if torn.size:
