@@ -30,7 +30,7 @@ import onnx_ir as ir
 from onnxcompress.base import Choice, Pass, Site, Skip, Skipped, Stage, Term
 from onnxcompress.coupling import Coupling, Group
 from onnxcompress.coupling.removal import kept_positions, new_sizes
-from onnxcompress.errors import CouplingError, PassOptionError
+from onnxcompress.errors import CouplingError, PassOptionError, suggest
 from onnxcompress.passes import _recovery as recovery
 from onnxcompress.passes._keep_lists import read_keep_lists
 from onnxcompress.passes._refit import RIDGE
@@ -105,6 +105,12 @@ class PruneChannels(Pass):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "criterion", Criterion(self.criterion))  # a plain string will do
+        except ValueError:
+            raise PassOptionError(
+                f"prune_channels: criterion is {self.criterion!r}", hint=suggest(str(self.criterion), list(Criterion))
+            ) from None
         if self.ratio is not None and not 0 <= self.ratio < 1:
             raise PassOptionError(f"prune_channels: ratio is {self.ratio}", hint="choose it from 0 to below 1")
         if self.multiple is not None and self.multiple < 1:
