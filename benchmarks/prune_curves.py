@@ -12,7 +12,7 @@ import json
 import shutil
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -29,12 +29,13 @@ UNIFORM = "uniform"
 RIVALS = {PLAIN: "criterion=magnitude,recover=false", REFITTED: "criterion=magnitude", UNIFORM: "criterion=auto"}
 """Options of the pass as on the command line; the ratio comes on top."""
 LADDERS: dict[str, tuple[float, ...]] = {
-    "lite0": (14, 10, 7, 5, 3),
-    "det": (20, 15, 11, 8, 5),
-    "minilm": (20, 15, 11, 8, 5),
-    "crnn": (20, 15, 11, 8, 5),
+    "lite0": (12, 9, 7, 5.5, 4),
+    "det": (20, 16, 13, 10, 7),
+    "minilm": (20, 16, 13, 10, 7),
+    "crnn": (25, 20, 17, 15, 13),
 }
 SCORE_KEPT = 0.99
+NO_FLOOR = -1000.0
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Point:
     Attributes:
         decibels: floor asked for (the planner), of the point it is matched with (rivals).
         ratio: share of every group removed (rivals).
-        sqnr_db: worst output on held-out data (the planner).
+        sqnr_db: worst output on held-out data.
         seconds: of the process that made it.
     """
 
@@ -75,21 +76,54 @@ def curve(name: str, arguments: Namespace, work: Path) -> list[Point]:
         points.append(_planned(name, decibels, arguments, work))
         if points[-1].predicted_ms and points[-1].predicted_speed:
             points[0].predicted_ms = points[-1].predicted_ms * points[-1].predicted_speed
-    ours = [p for p in points if p.candidate == OURS and not p.error]
-    for rival in arguments.rivals:
-        points += _matched(name, rival, ours, arguments, work)
+    points += _rivals(name, points[1:], arguments, work)
+    scored: dict[str, Point] = {}
     for point in points:
-        _judge(point, points[0], arguments)
+        if (same := scored.get(point.file)) is None:
+            _judge(point, points[0], arguments)
+            scored[point.file] = point
+        else:
+            point.megabytes, point.score, point.score_ratio = same.megabytes, same.score, same.score_ratio
     _time(points, arguments)
     return points
 
 
 def _planned(name: str, decibels: float, arguments: Namespace, work: Path) -> Point:
-    note(f"{name}: planned for {decibels:g} dB")
     point = Point(name, OURS, decibels, file=str(work / f"planned_{decibels:g}.onnx"))
+    return _made(point, arguments.options, decibels, arguments.calibration, arguments)
+
+
+def _rivals(name: str, planned: Sequence[Point], arguments: Namespace, work: Path) -> list[Point]:
+    """Every rival at the ratios that make it as fast as the planner's results."""
+    ours = [p for p in planned if not p.error]
+    if not ours or not arguments.rivals:
+        return []
+    note(f"{name}: ratios as fast as each of these")
+    matched = run_worker(
+        "benchmarks.prune_worker", "match", name, "2", arguments.profile, RIVALS[PLAIN],
+        json.dumps([p.predicted_ms for p in ours]), timeout=arguments.timeout,
+    )  # fmt: skip
+    if matched.error:
+        return [Point(name, rival, error=matched.error) for rival in arguments.rivals]
+    points: list[Point] = []
+    for rival in arguments.rivals:
+        made: dict[float, Point] = {}
+        for mine, ratio in zip(ours, matched.result["ratios"], strict=True):
+            if ratio not in made:
+                new = Point(name, rival, mine.decibels, ratio, file=str(work / f"{rival}_{ratio}.onnx"))
+                samples = 2 if rival == PLAIN else arguments.calibration  # it has nothing to calibrate
+                made[ratio] = _made(new, f"{RIVALS[rival]},ratio={ratio}", NO_FLOOR, samples, arguments)
+            points.append(replace(made[ratio], decibels=mine.decibels))
+    return points
+
+
+def _made(point: Point, options: str, decibels: float, samples: int, arguments: Namespace) -> Point:
+    """Fills in what came of a pruning in a process of its own."""
+    shown = "" if point.ratio is None else f", {point.ratio:.0%} removed"
+    note(f"{point.model}: {point.candidate} for {point.decibels or 0:g} dB{shown}")
     made = run_worker(
-        "benchmarks.prune_worker", "prune", name, point.file, str(arguments.calibration), arguments.profile,
-        arguments.options, str(decibels), timeout=arguments.timeout,
+        "benchmarks.prune_worker", "prune", point.model, point.file, str(samples), arguments.profile, options,
+        str(decibels), timeout=arguments.timeout,
     )  # fmt: skip
     point.seconds, point.peak_megabytes, point.error = made.seconds, made.peak_mb, made.error
     if not point.error:
@@ -97,27 +131,6 @@ def _planned(name: str, decibels: float, arguments: Namespace, work: Path) -> Po
         point.predicted_speed = made.result["fp32_predicted_ms"] / made.result["predicted_ms"]
         point.sites = made.result["sites"]
     return point
-
-
-def _matched(name: str, rival: str, ours: Sequence[Point], arguments: Namespace, work: Path) -> list[Point]:
-    note(f"{name}: {rival} as fast as each of these")
-    folder = work / rival
-    folder.mkdir(exist_ok=True)
-    fixed = RIVALS[rival]
-    samples = 2 if rival == PLAIN else arguments.calibration  # it has nothing to calibrate
-    made = run_worker(
-        "benchmarks.prune_worker", "match", name, str(folder), str(samples), arguments.profile,
-        fixed, json.dumps([p.predicted_ms for p in ours]), timeout=arguments.timeout,
-    )  # fmt: skip
-    if made.error:
-        return [Point(name, rival, error=made.error)]
-    points = []
-    for mine, found in zip(ours, made.result["matches"], strict=True):
-        point = Point(name, rival, mine.decibels, found["ratio"], found["predicted_ms"], file=found["file"])
-        if mine.predicted_ms and mine.predicted_speed:
-            point.predicted_speed = mine.predicted_speed * mine.predicted_ms / found["predicted_ms"]
-        points.append(point)
-    return points
 
 
 def _judge(point: Point, reference: Point, arguments: Namespace) -> None:

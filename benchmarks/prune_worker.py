@@ -2,7 +2,7 @@
 
 family NAME ONNXSIM SAMPLES PROFILE
 prune TASK OUTPUT SAMPLES PROFILE OPTIONS DB
-match TASK FOLDER SAMPLES PROFILE OPTIONS MILLISECONDS
+match TASK SAMPLES PROFILE OPTIONS MILLISECONDS
 couple WIDTH DEPTH
 """
 
@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import time
 import traceback
 import warnings
 from bisect import bisect_left
 from collections.abc import Callable
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -51,36 +53,33 @@ def prune(task: str, output: str, samples: str, profile: str, options: str, deci
     """One pruned model; ``options`` are those of the pass, as on the command line."""
     chosen = TASKS[task]
     result = _pruned(task, int(samples), profile, options, float(decibels), Path(output))
-    feed = next(iter(chosen.feeds(1)))
+    feed, sqnr = next(iter(chosen.feeds(1))), result.report.totals.comparison.min_sqnr_db
     return {
         "predicted_ms": _predicted(result.model, feed, profile),
         "fp32_predicted_ms": _predicted(models.load(chosen.path), feed, profile),
-        "sqnr_db": result.report.totals.comparison.min_sqnr_db,
+        "sqnr_db": sqnr if math.isfinite(sqnr) else None,
         "sites": sum(s.decision != "keep" and s.pass_name == PruneChannels.name for s in result.report.sites),
         "outcome": result.report.outcome,
     }
 
 
-def match(task: str, folder: str, samples: str, profile: str, options: str, milliseconds: str) -> dict[str, Any]:
+def match(task: str, samples: str, profile: str, options: str, milliseconds: str) -> dict[str, Any]:
     """For every latency asked for, the uniform ratio whose predicted latency is nearest to it."""
     wanted = json.loads(milliseconds)
     feed = next(iter(TASKS[task].feeds(1)))
-    made: dict[int, tuple[float, Path]] = {}
 
+    @cache
     def latency(step: int) -> float:
         """Falls as the step grows."""
-        if step not in made:
-            output = Path(folder) / f"{step}.onnx"
-            result = _pruned(task, int(samples), profile, f"{options},ratio={step / _STEPS}", NO_FLOOR, output)
-            made[step] = _predicted(result.model, feed, profile), output
-        return made[step][0]
+        made = _pruned(task, int(samples), profile, f"{options},ratio={step / _STEPS}", NO_FLOOR, None)
+        return _predicted(made.model, feed, profile)
 
-    found = []
+    ratios = []
     for target in wanted:
         after = bisect_left(range(_STEPS - 1), -target, key=lambda step: -latency(step))
         step = min((s for s in (after - 1, after) if 0 <= s < _STEPS), key=lambda s: abs(latency(s) - target))
-        found.append({"ratio": step / _STEPS, "predicted_ms": latency(step), "file": str(made[step][1])})
-    return {"matches": found}
+        ratios.append(step / _STEPS)
+    return {"ratios": ratios}
 
 
 def couple(width: str, depth: str) -> dict[str, Any]:
@@ -99,7 +98,7 @@ def couple(width: str, depth: str) -> dict[str, Any]:
     return {"nodes": len(view.nodes()), "groups": len(coupling.groups), "free": free, "seconds": seconds}
 
 
-def _pruned(task: str, samples: int, profile: str, options: str, decibels: float, output: Path) -> Result:
+def _pruned(task: str, samples: int, profile: str, options: str, decibels: float, output: Path | None) -> Result:
     chosen = TASKS[task]
     return optimize(
         chosen.path,
