@@ -12,7 +12,7 @@ from onnxcompress.tables import columns, plural, section, used_columns
 
 __all__ = ["groups"]
 
-_NAMED = 3
+_NAMED = 2
 
 
 def groups(found: Sequence[GroupFound], *, verbose: bool = False) -> RenderableType:
@@ -26,12 +26,13 @@ def groups(found: Sequence[GroupFound], *, verbose: bool = False) -> RenderableT
                 str(g.size) if g.free == g.size else f"{g.free} of {g.size}",
                 g.unit,
                 _names(g.weights, verbose),
-                _names(g.readers, verbose) + (f"; not refitted: {_names(g.unfitted, verbose)}" if g.unfitted else ""),
+                _names(g.readers, verbose),
+                _names(g.unfitted, verbose),
                 g.pinned,
             )
             for g in free
         ]
-        heads = ("made by", "free", "unit", "weights", "read by", "why some stay")
+        heads = ("made by", "free", "unit", "weights", "read by", "without a weight", "why some stay")
         parts.append(section("Can shrink", used_columns(rows, heads, [1])))
     if fixed:
         pins = [(g.name, str(g.size), g.unit, g.pinned) for g in fixed]
