@@ -308,8 +308,10 @@ class Job:
             evidence = self._calibrate(model, needs, first=_FEW)
             return effect(model, pass_, choice, evidence, self.cost, feed, before)
 
-        required = self.target.required
-        questions, values, missing = ask(offer, view, self.cost, shapes, alone, integers_only=required)
+        required, gains_only = self.target.required, pass_.planned or not by_hand
+        questions, values, missing = ask(
+            offer, view, self.cost, shapes, alone, integers_only=required, gains_only=gains_only
+        )
         by_term = {t: o.choice for q in questions for o in q.options for t in o.choice.terms if t.kind == ALONE}
         floor = self.budget.min_sqnr_db
         noise = share * 10 ** (-(DEFAULT_MIN_SQNR_DB if floor is None else floor) / 10)
@@ -347,6 +349,7 @@ class Job:
             return self.check(candidate, share)
 
         search = Search(model, pass_, questions, values, noise, rate, gather, price, check, samples)
+        search.by_noise = floor is not None or self.budget.max_drop is None
         found = search.by_hand() if by_hand and not pass_.planned else search.run()
         self.attempts += search.attempts
         self.saved += found.plan.seconds_before - found.plan.seconds

@@ -20,6 +20,8 @@ __all__ = ["Offer", "ask", "explain", "offers"]
 
 
 _HARDLY_FASTER = 0.8
+_LEAST_STEP = 2e-4
+"""Share of the model's time that a smaller width has to save."""
 _LARGE = 1000
 """Nodes of a graph above which a width is priced as if what runs inside what stayed the same."""
 _NO_DATA = "it needs ranges from real data, and there is no calibration data"
@@ -75,12 +77,14 @@ def ask(
     effect: Callable[[Choice], Effect | None],
     *,
     integers_only: bool = False,
+    gains_only: bool = True,
 ) -> tuple[list[Question], dict[str, ValueCost], dict[str, str]]:
     """Prices every choice in seconds.
 
     Args:
         effect: makes a choice on a clone, for those whose gain nothing else tells.
         integers_only: the device runs nothing else, so a node with an integer form must take one.
+        gains_only: a width that is not faster than the wider ones is left out.
 
     Returns:
         Questions for the planner; conversion costs by value; by site key, why a choice was left
@@ -93,13 +97,17 @@ def ask(
     questions: list[Question] = []
     missing: dict[str, str] = {}
     for site, choices in offer.choices.items():
-        node = view.node(site.key)
         seconds = sum(now.get(name, 0.0) for name in site.nodes)
         options: list[Option] = []
         for choice in choices:
             after: float | None = seconds
             if choice.resizes:
-                options.append(Option(choice, seconds + resized(choice.resizes) - whole))
+                after = seconds + resized(choice.resizes) - whole
+                least = min([seconds, *(o.seconds for o in options)])
+                if gains_only and after > least - _LEAST_STEP * whole:  # 52 of 64 channels that cost as much as 64
+                    missing.setdefault(site.key, "no smaller width is predicted faster here")
+                else:
+                    options.append(Option(choice, after))
                 continue
             if choice.effects and choice.precision == Precision.FLOAT:
                 change = effect(choice)
@@ -108,6 +116,7 @@ def ask(
                     continue
                 options.append(Option(replace(choice, bytes_saved=change.bytes_saved), seconds + change.seconds))
                 continue
+            node = view.node(site.nodes[0] if site.key not in site.nodes else site.key)
             if choice.precision != Precision.FLOAT:
                 after = here.node(work_of(view, node, shapes), choice.precision)
             if after is None:
@@ -222,6 +231,8 @@ def explain(
         verdict: why the pass as a whole was dropped; empty if it was not.
     """
     ops = {str(n.name): n.op_type for n in view.nodes()}
+    for question in questions:  # a key may be more than the name of a node
+        ops.setdefault(question.site.key, ops[question.site.nodes[0]])
     refusals = {s.key: s.reason for s in refused}
     rows = [SiteReport(pass_.name, s.key, ops.get(s.key, ""), KEEP, s.reason) for s in offer.skipped]
     for question in questions:

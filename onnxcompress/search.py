@@ -31,6 +31,8 @@ _NO_PLAN = Plan({}, 0.0, 0.0, 0.0)
 _FAR_OFF = 3.0
 """Real noise this many times the summed prices means the prices were taken on too few samples."""
 _LEAST_SLOPE = 0.3
+_AIM, _USED_UP = 0.95, 0.85
+"""Share of the budget that the next plan aims at, and that counts as used up."""
 _CLOSE = 1.03
 """A plan this much slower than the slowest one that failed is close enough."""
 
@@ -74,6 +76,7 @@ class Search:
         price: measures terms on so many samples.
         check: runs a candidate on held-out data.
         samples: to price terms on, at first.
+        by_noise: ``check`` holds plans against ``noise``; if not, against a metric, and noise only ranks plans.
         prices: what has been measured.
         impossible: terms that cannot be simulated.
         attempts: every plan that was built.
@@ -89,12 +92,14 @@ class Search:
     price: Callable[[Sequence[Term], Evidence, int], Prices]
     check: Callable[[ir.Model], Checked]
     samples: int = 1
+    by_noise: bool = True
 
     def __post_init__(self) -> None:
         self.prices: dict[Term, float] = {}
         self.impossible: dict[Term, str] = {}
         self.attempts: list[Attempt] = []
         self.failed: list[tuple[float, float]] = []  # summed prices and real noise of plans that failed
+        self.held: list[tuple[float, float]] = []  # and of those that did not
         self.free = self._solve(None) or _NO_PLAN  # noise is no limit here, so there is one
 
     def run(self) -> Found:
@@ -116,10 +121,13 @@ class Search:
             built, checked = self._try(plan)
             if not checked.problem:
                 best = (built, plan) if best is None or plan.seconds < best[1].seconds else best
-                holds = limit
+                holds, real = limit, _power(checked)
                 if limit is math.inf or best[1].seconds <= _CLOSE * out_of_reach:
                     break
-                limit = math.sqrt(holds * fails)
+                if self.by_noise and real >= _USED_UP * self.noise:
+                    break
+                self.held.append((plan.price, real))
+                limit = self._between(holds, fails)
             else:
                 problem = checked.problem
                 if not self._could_differ(plan):
@@ -160,12 +168,26 @@ class Search:
 
     def _lower(self, holds: float, fails: float, plan: Plan, checked: Checked) -> float:
         """A smaller limit: prices are off by a common factor, which the last try tells."""
-        if holds > 0:
-            return math.sqrt(holds * fails)
-        real = 10 ** (-checked.min_sqnr_db / 10)
-        factor = self.noise / real if 0 < real < math.inf else 0.1
+        real = _power(checked)
         self.failed.append((plan.price, real))
+        if holds > 0:
+            return self._between(holds, fails)
+        if not self.by_noise:
+            return fails / 4
+        factor = self.noise / real if 0 < real < math.inf else 0.1
         return min(0.5 * fails, 0.9 * plan.price * math.pow(factor, 1 / self._slope()))
+
+    def _between(self, holds: float, fails: float) -> float:
+        """A limit between one that holds and one that fails: where noise, read off both, would just fit."""
+        middle = math.sqrt(holds * fails)
+        if not (self.by_noise and self.held and self.failed):
+            return middle
+        (price, real), (higher, more) = max(self.held), min(self.failed)
+        aim = _AIM * self.noise
+        if not (0 < price < higher and 0 < real < aim < more < math.inf):
+            return middle
+        share = math.log(aim / real) / math.log(more / real)
+        return price * math.pow(higher / price, min(0.9, max(0.1, share)))
 
     def _slope(self) -> float:
         """How fast real noise falls with the price, on logarithmic scales: 1 where prices are right."""
@@ -238,6 +260,11 @@ class Search:
             )
         )
         return built, checked
+
+
+def _power(checked: Checked) -> float:
+    """Noise power over signal power at the worst output."""
+    return float(10 ** (-checked.min_sqnr_db / 10))
 
 
 def _terms(plan: Plan) -> set[Term]:

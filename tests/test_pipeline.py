@@ -115,7 +115,7 @@ def test_a_whole_model(name: str, done: Callable[[str], tuple[Path, Path, Result
     predicted = onnxcompress.inspect(result.model, profile=PROFILE, shapes={k: v.shape for k, v in samples[0].items()})
     assert totals.predicted_ms[1] <= totals.predicted_ms[0]
     assert totals.predicted_ms[1] == pytest.approx(1e3 * predicted.seconds, rel=0.1)
-    assert report.attempts[-1].verdict == "accepted"
+    assert "accepted" in [a.verdict for a in report.attempts]
     assert report.warnings == ()
 
 
@@ -628,7 +628,9 @@ def test_where_everything_measures_slower_the_input_stays(monkeypatch: pytest.Mo
     result, _ = timed(monkeypatch, lambda model: 0.5, output=tmp_path / "out.onnx")
     consistent(result)
     assert sites(result) == 0
-    assert all("slower" in s.reason for s in result.report.sites if s.key in ("node", "node_2"))
+    assert all(
+        "slower" in s.reason for s in result.report.sites if s.pass_name == "quantize" and s.key in ("node", "node_2")
+    )
     assert all(p.outcome != "applied" for p in result.report.passes)
     assert ops(result.model) == ["MatMul", "Relu", "MatMul"]
     assert result.report.totals.latency is None
