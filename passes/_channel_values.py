@@ -364,8 +364,9 @@ class ChannelValues:
         constant = np.where(scale.zero, bias.constant, np.nan)
         if node.op_type == "BatchNormalization":
             mean, variance = states[3].constant, states[4].constant
-            deviation = np.sqrt(variance + node.attributes.get_float("epsilon", 1e-5))
-            affine = (x.constant - mean) / deviation * scale.constant + bias.constant
+            with np.errstate(invalid="ignore", divide="ignore"):
+                deviation = np.sqrt(variance + node.attributes.get_float("epsilon", 1e-5))
+                affine = (x.constant - mean) / deviation * scale.constant + bias.constant
             constant = np.where(scale.zero, constant, affine)
         else:
             constant = np.where(x.zero, bias.constant, constant)
