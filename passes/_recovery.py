@@ -71,9 +71,11 @@ def refitted(
             shift = None if linear.bias is None else linear.bias(linear.weight @ gone)
             continue
         if linear.bias is None:
-            new[:, features] = refit(linear.weight, linear.moments.matrix, features, ridge=ridge)
+            new[:, features] = refit(linear.weight, linear.moments.matrix, features, ridge=linear.ridge(ridge))
         else:
-            found = refit_with_bias(linear.weight, linear.moments.matrix, linear.moments.mean, features, ridge=ridge)
+            found = refit_with_bias(
+                linear.weight, linear.moments.matrix, linear.moments.mean, features, ridge=linear.ridge(ridge)
+            )
             new[:, features] = found.weight
             shift = linear.bias(found.bias)
         linear.write(array, new)
@@ -169,7 +171,7 @@ def behind_switch(
         new = made[0]
         if shifts:
             total = np.asarray(np.sum(shifts, axis=0), np.float32)
-            rank = len(last.shape) if last.shape is not None else 2
+            rank = array.ndim
             spread = total if node.op_type in ("MatMul", "Gemm") else total.reshape(-1, *(1,) * (rank - 2))
             constant = rewriter.constant(spread, f"{name}_shift", like=node)
             maker = new.producer()

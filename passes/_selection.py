@@ -108,13 +108,14 @@ class Selection:
         if criterion is Criterion.MAGNITUDE:
             return importance.magnitude(self._norms(group, rewriter), fixed=fixed).atoms
         consumers = [self._consumer(group, m) for m in found]
+        ridge = max(m.ridge(self._ridge) for m in found)
         by_name: dict[Criterion, Callable[..., importance.Order]] = {
             Criterion.RECONSTRUCTION: importance.reconstruction,
             Criterion.REDUNDANCY: importance.redundancy,
         }
         if criterion is Criterion.ACTIVATION:
             return importance.activation(consumers, group.size, fixed=fixed).atoms
-        return by_name[criterion](consumers, group.size, ridge=self._ridge, fixed=fixed, stop=stop).atoms
+        return by_name[criterion](consumers, group.size, ridge=ridge, fixed=fixed, stop=stop).atoms
 
     def _consumer(self, group: Group, linear: Linear) -> importance.Consumer:
         matrix = linear.moments.matrix if linear.bias is None else linear.moments.covariance
@@ -129,10 +130,12 @@ class Selection:
             kept = np.flatnonzero((labels < 0) | mask[labels])
             moments = linear.moments
             if linear.bias is None:
-                new = refit(linear.weight, moments.matrix, kept, ridge=self._ridge)
+                new = refit(linear.weight, moments.matrix, kept, ridge=linear.ridge(self._ridge))
                 total += lost(linear.weight, moments.matrix, kept, new)
             else:
-                both = refit_with_bias(linear.weight, moments.matrix, moments.mean, kept, ridge=self._ridge)
+                both = refit_with_bias(
+                    linear.weight, moments.matrix, moments.mean, kept, ridge=linear.ridge(self._ridge)
+                )
                 total += lost(linear.weight, moments.matrix, kept, both.weight, mean=moments.mean)
         return total
 

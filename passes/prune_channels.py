@@ -19,7 +19,7 @@ together, and the weight is refitted once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -31,6 +31,7 @@ from onnxcompress.base import Choice, Pass, Site, Skip, Skipped, Stage, Term
 from onnxcompress.coupling import Coupling, Group
 from onnxcompress.coupling.removal import kept_positions, new_sizes
 from onnxcompress.errors import CouplingError, PassOptionError, suggest
+from onnxcompress.passes import _batchnorm as batchnorm
 from onnxcompress.passes import _recovery as recovery
 from onnxcompress.passes._keep_lists import read_keep_lists
 from onnxcompress.passes._refit import RIDGE
@@ -46,7 +47,7 @@ Mask = npt.NDArray[np.bool_]
 
 _ROUNDING = 1e-9
 """1 - 0.7 is a little more than 0.3, and three tenths of ten atoms are not four."""
-_LADDER = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
+_LADDER = (0.97, 0.94, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
 """Shares of a group worth trying to keep."""
 
 
@@ -128,6 +129,11 @@ class PruneChannels(Pass):
     def planned(self) -> bool:
         """A ratio and keep-lists are the user's word; without them widths are chosen where they pay."""
         return self.ratio is None and self.keep is None
+
+    @property
+    def counts_positions(self) -> bool:
+        """Keep-lists number what a training framework saw; channels it set to zero are not to go before."""
+        return self.keep is not None
 
     # --- reading -----------------------------------------------------------------------------------
 
@@ -250,6 +256,12 @@ class PruneChannels(Pass):
         kept = kept_positions(cut.coupling, keeps)
         recovery.behind_switch(cut.group, kept, rewriter, evidence, switch, ridge=self.ridge if self.recover else None)
         return True
+
+    def settling(self, view: GraphView) -> Iterable[Collection[Need]]:
+        return batchnorm.rounds(view) if self.recover else ()
+
+    def settle(self, rewriter: Rewriter, before: Evidence, after: Evidence) -> None:
+        batchnorm.settle(rewriter, before, after)
 
     def _kept(self, cut: Cut, rewriter: Rewriter, evidence: Evidence) -> Mask:
         if cut.mask is not None:
