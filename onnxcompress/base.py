@@ -169,6 +169,7 @@ class Pass(ABC):
         min_opset: version of the standard operator set its rewrites need; the pipeline raises it.
         lossless: it must not change any output beyond float rounding; the pipeline checks.
         automatic: it takes part where no passes are named; if not, only where the user asks for it.
+        resizes: it removes positions of tensors, so that others count differently afterwards.
         remark: what a user has to know of what it made; printed with it.
         summary: first line of the class docstring, shown by ``passes list``.
     """
@@ -180,6 +181,7 @@ class Pass(ABC):
     min_opset: ClassVar[int] = 1
     lossless: ClassVar[bool] = False
     automatic: ClassVar[bool] = True
+    resizes: ClassVar[bool] = False
     remark: ClassVar[str] = ""
 
     @property
@@ -188,6 +190,11 @@ class Pass(ABC):
 
         By default a pass that is named makes its strongest choice wherever it can.
         """
+        return False
+
+    @property
+    def counts_positions(self) -> bool:
+        """Whether its options number positions of the model as given: then nothing that resizes tidies up before it."""
         return False
 
     def match(self, node: ir.Node, view: GraphView) -> Site:

@@ -130,6 +130,8 @@ class Job:
         tidying = [p for p in chosen if p.lossless and p.stage is Stage.NORMALISE]
         if by_hand and not tidying:  # rewrites by hand still start from a tidy graph
             tidying = [p() for p in registry.available().values() if p.lossless and p.stage is Stage.NORMALISE]
+            if any(p.counts_positions for p in chosen):
+                tidying = [p for p in tidying if not p.resizes]
         lossy = [p for p in chosen if not p.lossless]
         model = self._raise_opset(self._lossless(self.original, tidying), lossy)
         model = models.infer_types(model)

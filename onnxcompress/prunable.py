@@ -60,7 +60,8 @@ def groups(
 ) -> tuple[GroupFound, ...]:
     """Every group with weights, in execution order.
 
-    As ``optimize`` sees them: after the lossless rewrites, with shapes as in a run of the first sample.
+    As ``prune_channels`` with a keep-list sees them: after the lossless rewrites that leave sizes as they are, with
+    shapes as in a run of the first sample.
 
     Args:
         model: a file or an ``ir.Model``.
@@ -73,7 +74,8 @@ def groups(
     """
     tidied = models.infer_types(with_shapes(model, shapes or {}))
     source = open_data(calibration, tidied, preprocess=preprocess).take(_FEW)
-    passes = [p() for p in registry.available().values() if p.lossless and p.automatic and p.stage is Stage.NORMALISE]
+    tidying = (p for p in registry.available().values() if p.lossless and p.stage is Stage.NORMALISE)
+    passes = [p() for p in tidying if not p.resizes]  # sizes are those that keep-lists have to have
     for pass_ in sorted(passes, key=lambda p: (p.stage, p.rank)):
         tidied = _tidied(tidied, pass_, source)
     coupling = Coupling(GraphView(tidied), value_shapes(tidied, source.first(), bodies=True))

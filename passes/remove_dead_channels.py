@@ -57,6 +57,7 @@ class RemoveDeadChannels(Pass):
     stage: ClassVar[Stage] = Stage.NORMALISE
     rank: ClassVar[int] = 6
     lossless: ClassVar[bool] = True
+    resizes: ClassVar[bool] = True
 
     multiple: int | None = None
 

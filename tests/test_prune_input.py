@@ -262,6 +262,16 @@ def test_a_keep_list_at_the_shell(saved: Path, capsys: pytest.CaptureFixture[str
     assert {(6, 3, 3, 3), (4, 6, 3, 3), (2, 4, 1, 1)} <= sizes
 
 
+def test_channels_that_are_zero_already_count(saved: Path) -> None:
+    """A training framework sets to zero what its mask removes; the list is of the whole width all the same."""
+    zeros = MASK.astype(np.float32)
+    onnx.save(proto_of(named(CONV_NET, {**CONV, "w": CONV["w"] * zeros[:, None, None, None], "b": CONV["b"] * zeros})), saved)
+    for lists in ({"a": MASK.tolist()}, {"w": [0, 2, 5]}):
+        assert shell(saved, f"prune_channels{{keep={write(saved.parent, lists)}}}") == 0
+        assert (3, 3, 3, 3) in {tuple(w.dims) for w in onnx.load(saved.parent / "out.onnx").graph.initializer}
+        (saved.parent / "out.onnx").unlink()
+
+
 def test_below_the_budget_it_says_so_and_what_to_do(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keep = write(saved.parent, {"a": [0, 1]})
     assert shell(saved, f"prune_channels{{keep={keep}}}") == 0
