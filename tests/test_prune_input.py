@@ -265,7 +265,9 @@ def test_a_keep_list_at_the_shell(saved: Path, capsys: pytest.CaptureFixture[str
 def test_channels_that_are_zero_already_count(saved: Path) -> None:
     """A training framework sets to zero what its mask removes; the list is of the whole width all the same."""
     zeros = MASK.astype(np.float32)
-    onnx.save(proto_of(named(CONV_NET, {**CONV, "w": CONV["w"] * zeros[:, None, None, None], "b": CONV["b"] * zeros})), saved)
+    onnx.save(
+        proto_of(named(CONV_NET, {**CONV, "w": CONV["w"] * zeros[:, None, None, None], "b": CONV["b"] * zeros})), saved
+    )
     for lists in ({"a": MASK.tolist()}, {"w": [0, 2, 5]}):
         assert shell(saved, f"prune_channels{{keep={write(saved.parent, lists)}}}") == 0
         assert (3, 3, 3, 3) in {tuple(w.dims) for w in onnx.load(saved.parent / "out.onnx").graph.initializer}
