@@ -27,7 +27,7 @@ budget and no other pass; what the device can run at all it learns from ``Target
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import ClassVar
@@ -272,6 +272,26 @@ class Pass(ABC):
         its choices are then measured one clone at a time.
         """
         return False
+
+    def settling(self, view: GraphView) -> Iterable[Collection[Need]]:
+        """What to observe, in the rewritten model and in the one before, to settle what was made; nothing by default.
+
+        Args:
+            view: of the rewritten model.
+
+        Returns:
+            Rounds: each is observed on what the one before left, and then settled.
+        """
+        return ()
+
+    def settle(self, rewriter: Rewriter, before: Evidence, after: Evidence) -> None:  # noqa: B027 - an offer, not a duty
+        """Makes the rewritten model up for how it differs from the one before; see :meth:`settling`.
+
+        Args:
+            rewriter: of the rewritten model.
+            before: of the model before the pass, all rounds.
+            after: of the rewritten model as it is, this round.
+        """
 
     def gentler(self) -> Iterable[Pass]:
         """The same pass with settings that take longer and distort less, in the order to try them; none by default.

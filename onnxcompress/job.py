@@ -33,6 +33,7 @@ from onnxcompress.questions import ask, explain, offers
 from onnxcompress.report import Attempt, Budget, Comparison, Latency, OnDevice, PassReport, Report, SiteReport, Totals
 from onnxcompress.search import Checked, Search
 from onnxcompress.sensitivity import Prices, measure_prices
+from onnxcompress.settling import settled
 from onnxcompress.sizes import file_size, model_size
 from onnxcompress.statistics import Evidence, Need
 from onnxcompress.suitability import on_device, remarks, stranded
@@ -352,6 +353,7 @@ class Job:
 
         search = Search(model, pass_, questions, values, noise, rate, gather, price, check, samples)
         search.by_noise = floor is not None or self.budget.max_drop is None
+        search.settle = self._settle(model, pass_)
         found = search.by_hand() if by_hand and not pass_.planned else search.run()
         self.attempts += search.attempts
         self.saved += found.plan.seconds_before - found.plan.seconds
@@ -374,6 +376,23 @@ class Job:
         remark = pass_.remark if changed else found.problem
         self.rewrites.append(PassReport(pass_.name, pass_options(pass_), changed, outcome, remark))
         return found.built.model if found.built is not None else model
+
+    def _settle(self, model: ir.Model, pass_: Pass) -> Callable[[ir.Model], ir.Model]:
+        """Makes candidates of a pass up for what it did to this model, which is observed once."""
+        known = Evidence(synthetic=self.source.synthetic)
+        swept: set[Need] = set()
+
+        def before(needs: Collection[Need]) -> Evidence:
+            nonlocal known
+            missing = set(needs) - swept
+            swept.update(missing)
+            known = known.joined(self._calibrate(model, missing))
+            return known
+
+        def quality(candidate: ir.Model) -> float:
+            return self.reference.compare(candidate).min_sqnr_db
+
+        return lambda candidate: settled(candidate, pass_, before, self._calibrate, quality)
 
     def _shapes_of(self, model: ir.Model) -> Mapping[str, tuple[int, ...]]:
         """Measured shapes of a model; earlier passes may have changed those of the normalised one."""

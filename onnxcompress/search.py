@@ -77,6 +77,7 @@ class Search:
         check: runs a candidate on held-out data.
         samples: to price terms on, at first.
         by_noise: ``check`` holds plans against ``noise``; if not, against a metric, and noise only ranks plans.
+        settle: makes a candidate up for what the pass did to it; returns it, or a better one.
         prices: what has been measured.
         impossible: terms that cannot be simulated.
         attempts: every plan that was built.
@@ -93,6 +94,7 @@ class Search:
     check: Callable[[ir.Model], Checked]
     samples: int = 1
     by_noise: bool = True
+    settle: Callable[[ir.Model], ir.Model] = lambda model: model
 
     def __post_init__(self) -> None:
         self.prices: dict[Term, float] = {}
@@ -245,6 +247,7 @@ class Search:
         choices = tuple(plan.choices.values())
         built = build(self.model, self.pass_, choices, self.gather(choices))
         try:
+            built = replace(built, model=self.settle(built.model))
             checked = self.check(built.model)
         except ModelRunError as error:
             checked = Checked(-math.inf, None, f"it does not run: {error.message}")

@@ -43,7 +43,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "execution",
         "base profile calibrate evaluate interop liveness",
         "registry cost planner instructions",
-        "sensitivity trial measurements emulation alternatives regions suitability",
+        "sensitivity trial settling measurements emulation alternatives regions suitability",
         "fitting fitting.links fitting.nets fitting.samples fitting.structure fitting.kit_run",
         "fitting.catalogue",
         "fitting.measuring",
