@@ -108,15 +108,22 @@ def test_heads_and_their_widths() -> None:
 
 
 def test_heads_that_share_keys_go_with_them() -> None:
-    """Four queries in two groups: what can go is a key head with both of its queries, or one query of each."""
+    """Four queries, two to a key: what can go is a key head with both of its queries, or one query of each key."""
     (feed,) = family_feeds("gpt_gqa", 1)
-    model = family("gpt_gqa")
+    model, place = family("gpt_gqa"), "/layers.0/self_attn/{}_proj/MatMul"
     found = groups_of(model, feed)
-    assert {unit for unit, _ in found.values()} >= {"heads", "head widths"}
-    for key, (unit, size) in found.items():
-        if unit == "heads":
-            after = cut(HALF, model, [feed], only=[key])
-            assert run(after, feed).keys() == run(model, feed).keys(), (key, size)
+    assert found[place.format("q")] == found[place.format("k")] == ("heads", 2)
+    expected = {  # columns of q, k, v, rows of o, where heads are 8 wide and there are 4 queries to 2 keys
+        "q": [16, 16, 16, 16],
+        "k": [16, 8, 8, 16],
+    }
+    for name, sizes in expected.items():
+        after = cut(HALF, model, [feed], only=[place.format(name)])
+        assert [shape(after, place.format(n))[n != "o"] for n in "qkvo"] == sizes
+        assert run(after, feed).keys() == run(model, feed).keys()
+    both = cut(HALF, model, [feed], only=[place.format(n) for n in expected])
+    assert [shape(both, place.format(n))[n != "o"] for n in "qkvo"] == [8, 8, 8, 8]
+    assert np.isfinite(next(iter(run(both, feed).values()))).all()
 
 
 def test_hidden_units_of_both_directions() -> None:

@@ -11,12 +11,14 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from cuts import choices_of, cut, named, offered, shape, weights
+from cuts import choices_of, cut, family, named, offered, shape, weights
 from models import TARGET, normal, proto_of, run, text
 
+import onnxcompress
 from onnxcompress.base import Site, Skipped
 from onnxcompress.cli import main
 from onnxcompress.errors import CouplingError, PassOptionError
+from onnxcompress.models_zoo.families import family_feeds
 from onnxcompress.passes.prune_channels import Criterion, PruneChannels
 from onnxcompress.registry import parse
 from onnxcompress.view import GraphView
@@ -272,6 +274,26 @@ def test_channels_that_are_zero_already_count(saved: Path) -> None:
         assert shell(saved, f"prune_channels{{keep={write(saved.parent, lists)}}}") == 0
         assert (3, 3, 3, 3) in {tuple(w.dims) for w in onnx.load(saved.parent / "out.onnx").graph.initializer}
         (saved.parent / "out.onnx").unlink()
+
+
+def test_weights_keep_their_names_where_a_batch_normalization_is_folded(tmp_path: Path) -> None:
+    model = family("resnet_bn")
+    names = ["conv1.weight", "layer1.0.conv1.weight", "layer2.0.conv2.weight"]
+    masks = {n: weights(model)[n] * (np.arange(len(weights(model)[n])) % 2 == 0)[:, None, None, None] for n in names}
+    done = onnxcompress.optimize(
+        model,
+        profile="host-x86-vnni",
+        calibration=[*family_feeds("resnet_bn", 3)],
+        passes=[PruneChannels(keep=write(tmp_path, masks, "keep.npz"))],
+        budget=onnxcompress.Budget(min_sqnr_db=-1000),
+        timing=False,
+    )
+    changed = {s.key: s.decision for s in done.report.sites if s.decision != "keep"}
+    assert changed == {
+        "/conv1/Conv": "8 of 16 channels",
+        "/layer1.0/conv1/Conv": "8 of 16 channels",
+        "/layer2.0/conv2/Conv": "16 of 32 channels",
+    }
 
 
 def test_below_the_budget_it_says_so_and_what_to_do(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
