@@ -37,7 +37,10 @@ from onnxcompress.view import GraphView
 
 Mask = npt.NDArray[np.bool_]
 
-WIDTHS = {"vit": 192, "gpt_gqa": 256, "bert": 256, "bilstm": 128, "shufflenet_v2": 128, "grouped": 128}
+WIDTHS = {
+    "vit": 192, "gpt_gqa": 256, "bert": 256, "bilstm": 128, "shufflenet_v2": 128, "grouped": 128,
+    "c2f_detector": 32, "vgg": 32,
+}  # fmt: skip
 WIDTH = 64
 RATIO = 0.5
 _NO_FLOOR = Budget(min_sqnr_db=-1000.0)

@@ -88,14 +88,16 @@ def couple(width: str, depth: str) -> dict[str, Any]:
     models.canonicalize(model)
     (feed,) = islice(family_feeds("gpt_gqa", 1), 1)
     shapes = value_shapes(model, dict(feed), bodies=True)
-    seconds = {}
+    seconds, cpu = {}, {}
     for name, known in (("measured shapes", shapes), ("no shapes", None)):
         view = GraphView(model)
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         coupling = Coupling(view, known)
         seconds[name] = round(time.perf_counter() - start, 2)
+        cpu[name] = round(time.process_time() - used, 2)
     free = sum(not g.pinned for g in coupling.groups)
-    return {"nodes": len(view.nodes()), "groups": len(coupling.groups), "free": free, "seconds": seconds}
+    nodes = len(view.nodes())
+    return {"nodes": nodes, "groups": len(coupling.groups), "free": free, "seconds": seconds, "cpu_seconds": cpu}
 
 
 def _pruned(task: str, samples: int, profile: str, options: str, decibels: float, output: Path | None) -> Result:
