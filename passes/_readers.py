@@ -94,10 +94,10 @@ def _patches(node: ir.Node) -> Patches | None:
 
 
 def linears(node: ir.Node, reader: Reader, evidence: Evidence) -> Iterator[Linear]:
-    """The matrices of a reader; none where its data were not observed or do not fit its weight."""
+    """The matrices of a reader; none where its data were not observed, were made up, or do not fit its weight."""
     need = need_of(node, reader)
     value = node.inputs[reader.index]
-    if need is None or value is None or value.const_value is None or not evidence.has(need):
+    if need is None or value is None or value.const_value is None or evidence.synthetic or not evidence.has(need):
         return
     moments = evidence.second_moments(need)
     array = value.const_value.numpy()

@@ -8,6 +8,7 @@ import pytest
 from cuts import choices_of, cut, family, named, shape, weights, within
 from models import TARGET, Array, learn, normal, run
 
+import onnxcompress
 from onnxcompress.base import Choice
 from onnxcompress.models_zoo.families import FAMILIES, family_feeds
 from onnxcompress.passes.prune_channels import Criterion, PruneChannels
@@ -122,6 +123,18 @@ def test_nothing_is_lost_where_nothing_new_goes(name: str) -> None:
     assert lost > 0.1, "the check can fail"
 
 
+@pytest.mark.parametrize("tail", ["m = MatMul (a, v)  s = Add (m, c)", "s = Gemm (a, v, c)"])
+def test_groups_that_meet_in_one_weight_are_refitted_once(tail: str) -> None:
+    """V reads one group and makes another; both are half as wide, and nothing is lost."""
+    v = mixed(5, 8, 4, 8).T.copy()
+    parts = {"w": mixed(1, 8, 4, 6).T.copy(), "v": v, "c": normal(6, 8), "u": normal(7, 8, 3), "e": normal(8, 3)}
+    body = f"g (float[5,6] x) => (float[5,3] y) {{ a = MatMul (x, w)  {tail}  t = MatMul (s, u)  y = Add (t, e) }}"
+    model, data = named(body, parts), rows(8)
+    after = cut(EXACT, model, data)
+    assert {weights(after)[n].shape for n in ("v", "u")} == {(4, 4), (4, 3)}
+    within(model, after, data, ulps=2048)
+
+
 LSTM = """g (float[6,2,3] x) => (float[6,1,2,4] y) {
   t = Transpose <perm = [0,2,1]> (x)
   m = MatMul (w0, t)  a = Transpose <perm = [0,2,1]> (m)
@@ -220,6 +233,23 @@ def test_without_recovery_what_stays_is_what_it_was() -> None:
     kept = [int(np.flatnonzero((parts["w"] == row).all(axis=(1, 2, 3)))[0]) for row in after["w"]]
     np.testing.assert_array_equal(after["w"], parts["w"][kept])
     np.testing.assert_array_equal(after["v"], parts["v"][:, kept])
+    np.testing.assert_array_equal(after["c"], parts["c"])
+
+
+def test_made_up_inputs_are_no_ground_to_refit() -> None:
+    body, parts, _, _ = CASES["Conv 3x3 with pads and strides"]
+    model = named(body, parts)
+    done = onnxcompress.optimize(
+        model,
+        profile="host-x86-vnni",
+        passes=[PruneChannels(ratio=0.5, multiple=1)],
+        budget=onnxcompress.Budget(min_sqnr_db=-1000),
+        timing=False,
+    )
+    after = weights(done.model)
+    assert after["w"].shape == (4, 3, 3, 3)
+    for row in after["w"]:
+        assert (parts["w"] == row).all(axis=(1, 2, 3)).any()
     np.testing.assert_array_equal(after["c"], parts["c"])
 
 
