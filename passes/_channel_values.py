@@ -20,6 +20,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxcompress.coupling import Axis, Coupling, Group, Part
+from onnxcompress.errors import ModelRunError
 from onnxcompress.passes._channel_states import End, State, by_position, common, whole
 from onnxcompress.passes._dead_look import RECURRENT, linear_axes
 from onnxcompress.view import GraphView
@@ -319,7 +320,10 @@ class ChannelValues:
             value, array = node.inputs[index], self._view.array(node.inputs[index])
             if value is not None and (array is None or array.size != 1):
                 given[value.name] = state.constant[known].astype(np.float32)
-        (found,) = self._view.compute([node.outputs[0]], given)
+        try:
+            (found,) = self._view.compute([node.outputs[0]], given)
+        except ModelRunError:  # it does not run on a vector: what it makes is not known
+            return np.full(int(known.sum()), np.nan)
         return np.asarray(found, np.float64)
 
     def _filled(self, node: ir.Node, group: Group) -> None:
@@ -343,7 +347,8 @@ class ChannelValues:
         for place, value in enumerate(node.outputs):
             if value.name:
                 labels = self._labels(group, (node.name, place), *(s.label for s, _ in states))
-                self._set(value, State(constant, labels), group)
+                first = place == 0 or node.op_type == "Split"  # the others are masks and places
+                self._set(value, State(constant if first else np.full(group.size, np.nan), labels), group)
 
     def _kept(self, node: ir.Node, constant: Array) -> Array:
         kept = 0.0 if node.op_type in _KEEPS_ZERO else np.nan

@@ -147,17 +147,19 @@ def _needed(view: GraphView, coupling: Coupling, end: End, group: Group) -> Mask
 def _foldable(view: GraphView, coupling: Coupling, ends: Sequence[End], group: Group) -> Mask:
     fits = np.ones(group.size, bool)
     for end in ends:
-        if _takes_constants(view, end):
+        if _takes_constants(view, coupling, end):
             fits &= np.isfinite(end.state.constant) | end.zero
         else:
             fits &= ~_needed(view, coupling, end, group)
     return fits & bool(ends)
 
 
-def _takes_constants(view: GraphView, end: End) -> bool:
+def _takes_constants(view: GraphView, coupling: Coupling, end: End) -> bool:
     """Whether a bias can take what a constant adds: one that is there, and no border that does not see it."""
     node = view.node(end.node)
-    if end.part is None or not view.is_float_weight(node.inputs[end.index]) or bias_place(node) is None:
+    if end.part is None or len(coupling.factors(end.part.factor.axis)) > 1:  # two groups could count one position
+        return False
+    if not view.is_float_weight(node.inputs[end.index]) or bias_place(node) is None:
         return False
     if node.op_type == "Conv":
         padded = (
@@ -240,12 +242,11 @@ def _shifts(
         array = array if outputs is None else np.take(array, outputs, axis=end.makes)
         moved = by_position(array, axis.dim, end.part, found.coupling)
         known = np.isin(end.part.atoms, constant) & np.isfinite(end.state.constant[end.part.atoms])
-        if not _takes_constants(view, end) or not known.any():
+        if not _takes_constants(view, found.coupling, end) or not known.any():
             continue
         factors = np.where(known, end.state.constant[end.part.atoms], 0.0)
-        rest = np.tensordot(factors, moved, axes=1)  # the axis summed over, or its factors but one, are gone
-        others = len(found.coupling.factors(axis)) - 1
-        order = end.makes if end.makes < axis.dim else end.makes - 1 + others
+        rest = np.tensordot(factors, moved, axes=1)  # the axis summed over is gone
+        order = end.makes if end.makes < axis.dim else end.makes - 1
         shifts.append((end.node, rest.sum(axis=tuple(k for k in range(rest.ndim) if k != order))))
     return shifts
 

@@ -130,7 +130,7 @@ def _reason(group: Group, refused: Mapping[Group, str]) -> str:
         return f"these {group.size} {group.unit} have to stay: {group.why_fixed()}"
     if group in refused:
         return refused[group]
-    return "something else of its channels, or another reader, is not zero"
+    return "another weight or bias of these channels is not zero, or a padded border would miss a constant"
 
 
 def _narrow(found: Found, multiple: int) -> int:

@@ -125,7 +125,7 @@ def test_padded_borders_do_not_see_a_constant() -> None:
     weights["b"][3] = 0.5
     model = with_weights(model, weights)
     assert tidied(model) is model
-    assert "not zero" in next(iter(reasons(model).values()))
+    assert "padded border" in next(iter(reasons(model).values()))
 
 
 def test_twins_become_one_with_the_sum_of_their_weights() -> None:
