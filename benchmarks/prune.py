@@ -107,7 +107,7 @@ def run_scale(
     if done.error:
         found.append(Verdict("coupling of a large graph", False, done.error))
     else:
-        worst = max(done.result["seconds"].values())
+        worst = max(done.result["cpu_seconds"].values())  # one thread that never waits: wall time without the load
         nodes = done.result["nodes"]
         cpu = done.result["cpu_seconds"]
         for shapes, seconds in done.result["seconds"].items():
