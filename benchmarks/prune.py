@@ -79,12 +79,17 @@ def run_curves(
     points: list[curves.Point] = []
     with tempfile.TemporaryDirectory() as temporary:
         for name in arguments.models:
-            made = curves.curve(name, arguments, Path(temporary) / name)
+            before = list(points)
+
+            def so_far(new: Sequence[curves.Point], before: list[curves.Point] = before) -> None:
+                result["curves"] = [asdict(p) for p in (*before, *new)]
+                save()
+
+            made = curves.curve(name, arguments, Path(temporary) / name, so_far)
             if arguments.keep:
                 curves.keep_files(made, arguments.keep)
             points += made
-            result["curves"] = [asdict(p) for p in points]
-            save()
+            so_far(made)
     lines = [
         "Score against measured speed-up, no training (dB: floor asked for; s: of the process that made it):",
         aligned(curves.HEADER, [curves.line(p) for p in points], left=2),

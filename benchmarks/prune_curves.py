@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -68,15 +68,17 @@ class Point:
     error: str = ""
 
 
-def curve(name: str, arguments: Namespace, work: Path) -> list[Point]:
-    """All points of one model."""
+def curve(name: str, arguments: Namespace, work: Path, save: Callable[[Sequence[Point]], None]) -> list[Point]:
+    """All points of one model; what is known is saved after every one."""
     work.mkdir(parents=True, exist_ok=True)
     points = [Point(name, FP32, file=str(TASKS[name].path))]
     for decibels in arguments.ladder or LADDERS.get(name, LADDERS["det"]):
         points.append(_planned(name, decibels, arguments, work))
         if points[-1].predicted_ms and points[-1].predicted_speed:
             points[0].predicted_ms = points[-1].predicted_ms * points[-1].predicted_speed
+        save(points)
     points += _rivals(name, points[1:], arguments, work)
+    save(points)
     scored: dict[str, Point] = {}
     for point in points:
         if (same := scored.get(point.file)) is None:
@@ -84,6 +86,7 @@ def curve(name: str, arguments: Namespace, work: Path) -> list[Point]:
             scored[point.file] = point
         else:
             point.megabytes, point.score, point.score_ratio = same.megabytes, same.score, same.score_ratio
+        save(points)
     _time(points, arguments)
     return points
 
