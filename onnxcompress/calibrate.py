@@ -31,7 +31,7 @@ from threadpoolctl import ThreadpoolController
 from onnxcompress.data import Source
 from onnxcompress.errors import DataError, ModelRunError
 from onnxcompress.model import clone, inferred_types
-from onnxcompress.moments import ChannelAccumulator, GramAccumulator
+from onnxcompress.moments import ChannelAccumulator, HalvedGram
 from onnxcompress.session import Runner, main_values
 from onnxcompress.statistics import Evidence, Histogram, Need, Statistic
 
@@ -100,7 +100,7 @@ def calibrate(
         for n in wanted
         if n.statistic is Statistic.CHANNELS and n.value in observed
     }
-    grams = {n: GramAccumulator(n, total) for n in wanted if n.statistic is Statistic.GRAM and n.value in observed}
+    grams = {n: HalvedGram(n, total) for n in wanted if n.statistic is Statistic.GRAM and n.value in observed}
     in_order = (*sorted(observed & inputs), *(n for n in inside if n in observed))  # so the first NaN is named
     accumulators: dict[str, list[_Accumulator]] = {n: [] for n in in_order}
     for name, histogram in histograms.items():
@@ -292,7 +292,7 @@ def _stride(size: int, most: int) -> int:
     return stride
 
 
-_Accumulator: TypeAlias = HistogramAccumulator | ChannelAccumulator | GramAccumulator
+_Accumulator: TypeAlias = HistogramAccumulator | ChannelAccumulator | HalvedGram
 
 
 # --- shapes ------------------------------------------------------------------------------------

@@ -94,6 +94,14 @@ class Source:
         """At most ``count`` samples, spread evenly over all of them."""
         return self._with(tuple(self._samples[i] for i in _spread(len(self._samples), count)))
 
+    def apart(self, count: int) -> tuple[Source, Source]:
+        """At most ``count`` samples, spread evenly, and all the others; both are everything where that leaves few."""
+        chosen = set(_spread(len(self._samples), count))
+        if len(self._samples) - len(chosen) < 2 * count:
+            return self, self
+        rest = tuple(s for i, s in enumerate(self._samples) if i not in chosen)
+        return self._with(tuple(self._samples[i] for i in sorted(chosen))), self._with(rest)
+
     def split(self, holdout_fraction: float = 0.25) -> tuple[Source, Source]:
         """Disjoint parts: one to calibrate on, one to check on.
 

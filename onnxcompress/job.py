@@ -35,7 +35,7 @@ from onnxcompress.search import Checked, Search
 from onnxcompress.sensitivity import Prices, measure_prices
 from onnxcompress.settling import settled
 from onnxcompress.sizes import file_size, model_size
-from onnxcompress.statistics import Evidence, Need
+from onnxcompress.statistics import Evidence, Need, Statistic
 from onnxcompress.suitability import on_device, remarks, stranded
 from onnxcompress.target import Target
 from onnxcompress.trial import LOSSLESS_SAMPLES, Tidied, difference, pass_options, tidy
@@ -284,10 +284,13 @@ class Job:
         self.tidied.append(PassReport("raise_opset", {}, 1, "applied", f"{current} -> {wanted}"))
         return raised
 
-    def _calibrate(self, model: ir.Model, needs: Collection[Need], *, first: int | None = None) -> Evidence:
+    def _calibrate(
+        self, model: ir.Model, needs: Collection[Need], *, first: int | None = None, source: Source | None = None
+    ) -> Evidence:
         if not needs:
             return Evidence(synthetic=self.source.synthetic)
-        source = self.calibration if first is None else self.calibration.take(first)
+        source = self.calibration if source is None else source
+        source = source if first is None else source.take(first)
 
         def tick(done: int, total: int) -> None:
             self.progress("calibrating", done, total)
@@ -319,6 +322,12 @@ class Job:
         floor = self.budget.min_sqnr_db
         noise = share * 10 ** (-(DEFAULT_MIN_SQNR_DB if floor is None else floor) / 10)
 
+        observed = {n.statistic for choices in offer.choices.values() for n in pass_.needs(choices[0], view)}
+        # What is fitted to samples looks better on them than it is.
+        pricing, fitting = self.calibration, self.calibration
+        if Statistic.GRAM in observed:
+            pricing, fitting = self.calibration.apart(_FEW)
+
         known = Evidence(synthetic=self.source.synthetic)
         swept: set[Need] = set()
         plans: set[Choice] = set()
@@ -334,11 +343,11 @@ class Job:
                     others = (o.choice for q in questions if q.site.key in keys for o in q.options)
                     missing |= {n for c in others for n in pass_.needs(c, view)} - swept
                 swept.update(missing)
-                known = known.joined(self._calibrate(model, missing))
+                known = known.joined(self._calibrate(model, missing, source=fitting))
             return known
 
         def price(terms: Sequence[Term], evidence: Evidence, samples: int) -> Prices:
-            feeds = list(self.calibration.take(samples))
+            feeds = list(pricing.take(samples))
             whole = {t: by_term[t] for t in terms if t in by_term}
             prices = self._prices(pass_, model, [t for t in terms if t not in whole], evidence, noise, feeds)
             return prices.joined(measure_alone(model, pass_, whole, evidence, feeds, self.names)) if whole else prices

@@ -31,7 +31,7 @@ import numpy.typing as npt
 
 from onnxcompress.statistics import ChannelMoments, Need, Patches, SecondMoments
 
-__all__ = ["ChannelAccumulator", "GramAccumulator"]
+__all__ = ["ChannelAccumulator", "GramAccumulator", "HalvedGram"]
 
 Array = npt.NDArray[Any]
 
@@ -204,6 +204,43 @@ class GramAccumulator:
         self._count += self._filled
         self._filled, self._absmax = 0, 0.0
         return matrix
+
+
+class HalvedGram:
+    """Second moments of all samples and of every second one.
+
+    Args:
+        need: says what the features are.
+        samples: how many arrays will come.
+    """
+
+    def __init__(self, need: Need, samples: int = 1) -> None:
+        self._halves = (GramAccumulator(need, samples), GramAccumulator(need, samples))
+        self._added = 0
+
+    @property
+    def nan(self) -> bool:
+        """NaN was added."""
+        return any(half.nan for half in self._halves)
+
+    def add(self, array: Array) -> None:
+        """Adds a float32 array."""
+        self._halves[self._added % 2].add(array)
+        self._added += 1
+
+    def result(self) -> SecondMoments | None:
+        """The moments; None if nothing usable was added. It hands the matrices over: nothing can be added after."""
+        found = [half.result() for half in self._halves[: self._added]]
+        if not found or any(half is None for half in found):
+            return None
+        a, b = found[0], found[-1]
+        if a is None or b is None or len(found) < 2 or a.matrix.shape != b.matrix.shape:
+            return a if len(found) < 2 else None
+        count = a.count + b.count
+        matrix = b.matrix
+        matrix *= b.count / count
+        matrix += a.matrix * (a.count / count)
+        return SecondMoments(matrix, (a.count * a.mean + b.count * b.mean) / count, count, a)
 
 
 def _rows(array: Array, need: Need) -> tuple[Array, tuple[int, ...]] | None:

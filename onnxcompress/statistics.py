@@ -177,11 +177,23 @@ class SecondMoments:
         matrix: float64, shape (n, n): mean of ``x x^T``, about zero and not about the mean; exactly symmetric.
         mean: float64, shape (n,), of the same rows.
         count: rows seen.
+        first: the same of every second sample only; None where there was one sample.
     """
 
     matrix: npt.NDArray[np.float64]
     mean: npt.NDArray[np.float64]
     count: int
+    first: SecondMoments | None = None
+
+    @property
+    def halves(self) -> tuple[SecondMoments, SecondMoments] | None:
+        """Of every second sample and of the others, to fit on one and to look at the other; None for one sample."""
+        a = self.first
+        if a is None:
+            return None
+        rest, whole = self.count - a.count, self.count
+        matrix = (whole * self.matrix - a.count * a.matrix) / rest
+        return a, SecondMoments(matrix, (whole * self.mean - a.count * a.mean) / rest, rest)
 
     @property
     def covariance(self) -> npt.NDArray[np.float64]:

@@ -12,8 +12,7 @@ from threadpoolctl import threadpool_limits
 
 from onnxcompress.coupling import Axis, Coupling, Group
 from onnxcompress.passes import _importance as importance
-from onnxcompress.passes._readers import Linear, labels_of, linears
-from onnxcompress.passes._refit import lost, refit, refit_with_bias
+from onnxcompress.passes._readers import Linear, held_out, labels_of, linears
 from onnxcompress.rewrite import Rewriter
 from onnxcompress.statistics import Evidence
 
@@ -123,20 +122,12 @@ class Selection:
         return importance.Consumer(linear.weight, matrix, labels.astype(np.intp))
 
     def _loss(self, group: Group, mask: Mask, found: list[Linear]) -> float:
-        """Share of the readers' output energy that a refit cannot make up for, summed over readers."""
+        """Share of the readers' output energy that a refit does not make up for where it was not fitted, summed."""
         total = 0.0
         for linear in found:
             labels = labels_of(group, linear, self._coupling.factors(linear.reader.weight))
             kept = np.flatnonzero((labels < 0) | mask[labels])
-            moments = linear.moments
-            if linear.bias is None:
-                new = refit(linear.weight, moments.matrix, kept, ridge=linear.ridge(self._ridge))
-                total += lost(linear.weight, moments.matrix, kept, new)
-            else:
-                both = refit_with_bias(
-                    linear.weight, moments.matrix, moments.mean, kept, ridge=linear.ridge(self._ridge)
-                )
-                total += lost(linear.weight, moments.matrix, kept, both.weight, mean=moments.mean)
+            total += held_out(linear, kept, linear.ridge(self._ridge))
         return total
 
     def _norms(self, group: Group, rewriter: Rewriter) -> Array:

@@ -515,3 +515,15 @@ def test_a_spool_goes_to_disk_and_cleans_up() -> None:
     del spool, kept
     gc.collect()
     assert not folder.exists()
+
+
+def test_samples_to_price_on_are_not_those_to_fit_on(one: ir.Model) -> None:
+    name = str(one.graph.inputs[0].name)
+    feed = next(iter(open_data(None, one)))[name]
+    source = open_data([{name: np.full_like(feed, k)} for k in range(30)], one)
+    few, rest = source.apart(8)
+    numbers = [set(first_values(part)) for part in (few, rest)]
+    assert (len(few), len(rest)) == (8, 22)
+    assert numbers[0] | numbers[1] == set(range(30))
+    small = source.take(20)
+    assert small.apart(8) == (small, small), "too few are left"

@@ -21,7 +21,7 @@ from onnxcompress.calibrate import calibrate
 from onnxcompress.data import open_data
 from onnxcompress.errors import DataError, PassError
 from onnxcompress.model import canonicalize
-from onnxcompress.moments import GramAccumulator, _spread
+from onnxcompress.moments import GramAccumulator, HalvedGram, _spread
 from onnxcompress.session import Runner
 from onnxcompress.statistics import Evidence, Need, Patches, SecondMoments, Statistic
 
@@ -464,3 +464,27 @@ def test_memory_does_not_grow_with_rows_or_samples() -> None:
     assert peak(40, 5000) <= 1.1 * few
     assert peak(2, 100_000) <= 1.1 * few + 8 * 100_000, "indices of rows may grow, not the rows"
     assert few < 8 * n * n * 6 + 4 * 2048 * n * 3
+
+
+def test_halves_are_of_every_second_sample_and_join_to_the_whole() -> None:
+    rng = np.random.default_rng(5)
+    samples = [rng.normal(size=(7, 4)).astype(np.float32) for _ in range(5)]
+    need = Need("x", Statistic.GRAM, axis=-1)
+    whole = HalvedGram(need, len(samples))
+    for sample in samples:
+        whole.add(sample)
+    found = whole.result()
+    assert found is not None
+    assert found.halves is not None
+    for half, members in zip(found.halves, (samples[::2], samples[1::2]), strict=True):
+        rows = np.concatenate(members).astype(np.float64)
+        np.testing.assert_allclose(half.matrix, rows.T @ rows / len(rows), atol=1e-6)
+        np.testing.assert_allclose(half.mean, rows.mean(0), atol=1e-6)
+        assert half.count == len(rows)
+    rows = np.concatenate(samples).astype(np.float64)
+    np.testing.assert_allclose(found.matrix, rows.T @ rows / len(rows), atol=1e-6)
+    single = HalvedGram(need)
+    single.add(samples[0])
+    alone = single.result()
+    assert alone is not None
+    assert alone.halves is None
