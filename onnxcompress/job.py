@@ -361,6 +361,7 @@ class Job:
             return self.check(candidate, share)
 
         search = Search(model, pass_, questions, values, noise, rate, gather, price, check, samples)
+        search.whole = before
         search.by_noise = floor is not None or self.budget.max_drop is None
         search.settle = self._settle(model, pass_)
         found = search.by_hand() if by_hand and not pass_.planned else search.run()

@@ -77,6 +77,7 @@ class Search:
         check: runs a candidate on held-out data.
         samples: to price terms on, at first.
         by_noise: ``check`` holds plans against ``noise``; if not, against a metric, and noise only ranks plans.
+        whole: seconds of the whole model before; sites may share nodes, so theirs do not add up to it.
         settle: makes a candidate up for what the pass did to it; returns it, or a better one.
         prices: what has been measured.
         impossible: terms that cannot be simulated.
@@ -95,6 +96,7 @@ class Search:
     samples: int = 1
     by_noise: bool = True
     settle: Callable[[ir.Model], ir.Model] = lambda model: model
+    whole: float = 0.0
 
     def __post_init__(self) -> None:
         self.prices: dict[Term, float] = {}
@@ -122,9 +124,9 @@ class Search:
             tried.add(key)
             built, checked = self._try(plan)
             if not checked.problem:
-                best = (built, plan) if best is None or plan.seconds < best[1].seconds else best
+                best = (built, plan) if best is None or self._seconds(plan) < self._seconds(best[1]) else best
                 holds, real = limit, _power(checked)
-                if limit is math.inf or best[1].seconds <= _CLOSE * out_of_reach:
+                if limit is math.inf or self._seconds(best[1]) <= _CLOSE * out_of_reach:
                     break
                 if self.by_noise and real >= _USED_UP * self.noise:
                     break
@@ -139,7 +141,7 @@ class Search:
                     if self.impossible.keys() & _terms(plan):
                         plan = self._solve(None)
                         continue
-                out_of_reach = max(out_of_reach, plan.seconds)
+                out_of_reach = max(out_of_reach, self._seconds(plan))
                 fails = min(limit, plan.price)
                 limit = self._lower(holds, fails, plan, checked)
             plan = self._solve(limit)
@@ -178,6 +180,10 @@ class Search:
             return fails / 4
         factor = self.noise / real if 0 < real < math.inf else 0.1
         return min(0.5 * fails, 0.9 * plan.price * math.pow(factor, 1 / self._slope()))
+
+    def _seconds(self, plan: Plan) -> float:
+        """Predicted seconds of the whole model; of the sites where the whole is not known."""
+        return plan.seconds + (self.whole - plan.seconds_before if self.whole else 0.0)
 
     def _between(self, holds: float, fails: float) -> float:
         """A limit between one that holds and one that fails: where noise, read off both, would just fit."""
@@ -255,7 +261,7 @@ class Search:
             Attempt(
                 kind=self.pass_.name,
                 sites=len(built.made),
-                predicted_ms=1e3 * plan.seconds,
+                predicted_ms=1e3 * self._seconds(plan),
                 min_sqnr_db=checked.min_sqnr_db,
                 metric=checked.metric,
                 speed_up=None,

@@ -41,7 +41,7 @@ class FoldConstants(Pass):
     name: ClassVar[str] = "fold_constants"
     stage: ClassVar[Stage] = Stage.NORMALISE
     lossless: ClassVar[bool] = True
-    max_growth: int = 1024
+    max_growth: int = 512
     """Bytes by which one fold may make the file larger."""
 
     def sites(self, view: GraphView) -> Iterable[Site | Skipped]:
