@@ -31,6 +31,8 @@ _MOST_FEATURES = 2304
 """Windows with more channels x taps are not observed as such: their second moments would take too much memory."""
 _ENOUGH_ROWS = 20
 _FACTORS = (1.0, 10.0, 100.0, 1000.0)
+_MOST_CHANNELS = 4096
+"""Readers of more features are left as they are; their second moments alone would take more than a gigabyte."""
 _RECURRENT = ("LSTM", "GRU", "RNN")
 
 
@@ -95,8 +97,11 @@ def held_out(linear: Linear, kept: npt.NDArray[np.intp], ridge: float) -> float:
 
 
 def need_of(node: ir.Node, reader: Reader) -> Need | None:
-    """What calibration has to observe for a reader; None where its data are no value that can be."""
-    if reader.data is None or reader.data.dim < 0:
+    """What calibration has to observe for a reader; None where its data cannot be, or have too many features."""
+    weight = node.inputs[reader.index]
+    if reader.data is None or reader.data.dim < 0 or weight is None or weight.const_value is None:
+        return None
+    if int(weight.const_value.shape.numpy()[reader.weight.dim]) > _MOST_CHANNELS:
         return None
     if node.op_type in _RECURRENT and reader.index == 2:
         return Need(reader.data.value, Statistic.GRAM, axes=(1, 3))

@@ -26,7 +26,7 @@ from onnxcompress.view import GraphView
 
 __all__ = ["CONSEQUENCES", "PRIVATE", "Coupler", "Operand"]
 
-PRIVATE = 1 << 16
+PRIVATE = 1 << 14
 """A weight of at most so many elements that several nodes read is copied for each, so that they are free."""
 
 Indices = npt.NDArray[np.int64]
