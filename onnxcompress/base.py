@@ -30,7 +30,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import onnx_ir as ir
 
@@ -292,6 +292,11 @@ class Pass(ABC):
             before: of the model before the pass, all rounds.
             after: of the rewritten model as it is, this round.
         """
+
+    @classmethod
+    def by_default(cls) -> Self:
+        """The pass as it runs where nobody named it; with its default options, unless that would be too bold."""
+        return cls()
 
     def gentler(self) -> Iterable[Pass]:
         """The same pass with settings that take longer and distort less, in the order to try them; none by default.

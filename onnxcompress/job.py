@@ -65,6 +65,8 @@ _MORE_SAMPLES = 4
 
 _WORTH_TRYING = 0.25
 """Least share of the budget that pruning is tried with."""
+_CAUTION = 0.25
+"""Share of what is left that pruning may use: noise of what was fitted to samples says less of other data."""
 _WORTH_KEEPING = 0.97
 """It is kept where the whole then takes less than this part of the time."""
 
@@ -160,7 +162,7 @@ class Job:
             return
         seconds = self._cost_of_result()
         before = (self.result, self.saved, self.rewrites, self.sites)
-        self._in_turn(early, share, by_hand=False, float_only=float_only)
+        self._in_turn(early, _CAUTION * share, by_hand=False, float_only=float_only)
         if self.result is not self.normalised:
             pruned = self.result
             self._in_turn(late, 1.0, by_hand=False, float_only=float_only, start=pruned)
@@ -572,4 +574,4 @@ class Job:
 
 def _automatic() -> list[Pass]:
     """The passes that run where none are named."""
-    return [cls() for cls in registry.available().values() if cls.automatic]
+    return [cls.by_default() for cls in registry.available().values() if cls.automatic]

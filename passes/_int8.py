@@ -186,7 +186,7 @@ def gate(
     edits: int,
     *,
     only: Sequence[ir.Node] | None = None,
-) -> None:
+) -> ir.Value:
     """Makes readers of ``value`` see ``distorted`` where the switch is on.
 
     Args:
@@ -197,11 +197,15 @@ def gate(
         switch: boolean scalar.
         edits: see above.
         only: just these readers.
+
+    Returns:
+        What they read from now on.
     """
     nodes = rewriter.nodes_since(edits)
     mixed = rewriter.only_if(switch, distorted, nodes, value)
     keep_calibrated_name(mixed, value)
     rewriter.replace_uses(value, mixed, only=only, keep=[*nodes, *_identities(value)])
+    return mixed
 
 
 def _identities(value: ir.Value) -> list[ir.Node]:

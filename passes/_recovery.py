@@ -21,6 +21,8 @@ from onnxcompress.view import GraphView
 
 __all__ = ["behind_switch", "can_simulate", "cut_down", "needs"]
 
+_GATED = "onnxcompress.gated"
+
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 
@@ -33,7 +35,11 @@ def needs(group: Group, view: GraphView) -> Iterable[Need]:
 
 def can_simulate(group: Group, view: GraphView) -> bool:
     """Whether zeros in the weights of its readers are all that removal does."""
-    return bool(group.readers) and not group.unweighted and not any(view.in_subgraph(view.node(n)) for n in group.nodes)
+    nodes = [view.node(r.node) for r in group.readers]
+    single = all(not v.uses() and not v.is_graph_output() for node in nodes for v in node.outputs[1:])
+    return (
+        bool(nodes) and single and not group.unweighted and not any(view.in_subgraph(view.node(n)) for n in group.nodes)
+    )
 
 
 def refitted(
@@ -163,9 +169,10 @@ def behind_switch(
             if shift is not None:
                 shifts.append(shift)
         last = node.outputs[0]
+        gated = rewriter.find(str(last.meta.get(_GATED, last.name))) or last  # behind the switches of other cuts
         outputs = len(node.outputs)
         made = rewriter.insert(
-            node.op_type, inputs, dict(node.attributes.items()), after=node, domain=node.domain,
+            node.op_type, inputs, dict(node.attributes.items()), after=gated, domain=node.domain,
             outputs=outputs, dtype=last.dtype, shape=last.shape,
         )  # fmt: skip
         new = made[0]
@@ -176,4 +183,4 @@ def behind_switch(
             constant = rewriter.constant(spread, f"{name}_shift", like=node)
             maker = new.producer()
             (new,) = rewriter.insert("Add", [new, constant], after=maker, dtype=last.dtype, shape=last.shape)
-        gate(rewriter, last, new, switch, edits)
+        last.meta[_GATED] = gate(rewriter, gated, new, switch, edits).name

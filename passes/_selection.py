@@ -47,6 +47,7 @@ class Selection:
     def __init__(self, coupling: Coupling, criterion: Criterion, ridge: float, seed: int) -> None:
         self._coupling, self._criterion, self._ridge, self._seed = coupling, criterion, ridge, seed
         self._orders: dict[tuple[str, Criterion, tuple[int, ...]], npt.NDArray[np.intp]] = {}
+        self._best: dict[tuple[str, tuple[int, ...]], Criterion] = {}
         self._deepest: dict[str, int] = {}
         self._held: list[object] = []  # moments whose identity is part of a key
         self.chosen: dict[tuple[str, int], Criterion] = {}
@@ -81,13 +82,16 @@ class Selection:
             )
         elif not found and self._criterion not in (Criterion.MAGNITUDE, Criterion.RANDOM):
             criteria = (Criterion.MAGNITUDE,)
+        key = (group.key, tuple(id(m.moments.matrix) for m in found))
+        if len(criteria) > 1 and key in self._best:
+            criteria = (self._best[key],)
         masks = {c: self._mask(group, count, c, found, rewriter) for c in criteria}
-        if len(masks) == 1:
-            self.chosen[group.key, count] = criteria[0]
-            return masks[criteria[0]]
-        best = min(criteria, key=lambda c: (self._loss(group, masks[c], found), criteria.index(c)))
-        self.chosen[group.key, count] = best
-        return masks[best]
+        if len(masks) > 1:  # the same for all widths, told at the first that is asked for
+            best = min(criteria, key=lambda c: (self._loss(group, masks[c], found), criteria.index(c)))
+            self._best[key] = best
+            criteria = (best,)
+        self.chosen[group.key, count] = criteria[0]
+        return masks[criteria[0]]
 
     def _mask(self, group: Group, count: int, criterion: Criterion, found: list[Linear], rewriter: Rewriter) -> Mask:
         key = (group.key, criterion, tuple(id(m.moments.matrix) for m in found))

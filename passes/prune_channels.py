@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -90,6 +90,7 @@ class PruneChannels(Pass):
         multiple: widths are multiples of this; by default of what the profile says. 1 takes a ratio to the letter.
         ridge: pull of the refit towards the old weights, relative to the mean second moment.
         seed: of random choice.
+        least: smallest share of a group that the planner may keep.
     """
 
     name: ClassVar[str] = "prune_channels"
@@ -104,6 +105,12 @@ class PruneChannels(Pass):
     multiple: int | None = None
     ridge: float = RIDGE
     seed: int = 0
+    least: float = 0.25
+
+    @classmethod
+    def by_default(cls) -> Self:
+        """Half of a group at most goes where nobody asked: what is fitted to samples is only as good as they are."""
+        return cls(least=0.5)
 
     def __post_init__(self) -> None:
         try:
@@ -120,6 +127,8 @@ class PruneChannels(Pass):
             raise PassOptionError(f"prune_channels: ridge is {self.ridge}", hint="choose 0 or more")
         if self.seed < 0:
             raise PassOptionError(f"prune_channels: seed is {self.seed}", hint="choose 0 or more")
+        if not 0 < self.least <= 1:
+            raise PassOptionError(f"prune_channels: least is {self.least}", hint="choose it above 0, up to 1")
         if self.keep is not None and self.ratio is not None:
             raise PassOptionError("prune_channels: both keep and ratio are given", hint="leave one out")
         if self.keep is not None and self.groups:
@@ -183,8 +192,7 @@ class PruneChannels(Pass):
         keep = cut.mask if cut.mask is not None else _some(group, cut.count)
         sizes = new_sizes(cut.coupling, {group: keep})
         observed = self.criterion not in (Criterion.MAGNITUDE, Criterion.RANDOM) and cut.mask is None
-        kind = f"keep {round(8 * cut.count / group.size)}/8"
-        terms = (_Loss(kind, f"{group.key}:{cut.count}", cut),) if recovery.can_simulate(group, view) else ()
+        terms = (_Loss("prune", f"{group.key}:{cut.count}", cut),) if recovery.can_simulate(group, view) else ()
         return Choice(
             site,
             f"{cut.count} of {group.size} {group.unit}",
@@ -198,7 +206,7 @@ class PruneChannels(Pass):
     def _counts(self, group: Group, coupling: Coupling, target: Target) -> list[int]:
         step = self._step(group, coupling, target)
         least = int(_some(group, 1).sum())
-        shares = _LADDER if self.ratio is None else (1 - self.ratio,)
+        shares = [s for s in _LADDER if s >= self.least] if self.ratio is None else [1 - self.ratio]
         found: list[int] = []
         for share in shares:
             wanted = math.ceil(share * group.size / step - _ROUNDING) * step
