@@ -689,3 +689,30 @@ def test_every_sample_is_checked_even_if_no_plan_reads_it() -> None:
     samples[1]["x"] = samples[1]["x"] * np.nan
     with pytest.raises(onnxcompress.errors.DataError, match="sample 1"):
         optimize(model, samples, passes=[Quantize(modes=("weights",))])
+
+
+# --- pruning where nobody named it -------------------------------------------------------------
+
+
+def test_pruning_takes_a_part_of_what_the_others_leave(done: Callable[[str], tuple[Path, Path, Result]]) -> None:
+    """Half of a group at most, and only where the whole is then faster than without."""
+    path, _, result = done("gen-cnn")
+    cuts = [s for s in result.report.sites if s.pass_name == "prune_channels" and s.decision != KEEP]
+    assert cuts
+    for site in cuts:
+        kept, _, size, _ = site.decision.split(maxsplit=3)
+        assert 2 * int(kept) >= int(size)
+    without = optimize(path, feeds("gen-cnn"), passes=[Quantize()])
+    assert result.report.totals.predicted_ms[1] is not None
+    assert without.report.totals.predicted_ms[1] is not None
+    assert result.report.totals.predicted_ms[1] < 0.97 * without.report.totals.predicted_ms[1]
+
+
+def test_pruning_is_not_tried_where_the_budget_is_used_up(folder: Path) -> None:
+    path = get_model("gen-cnn", folder)
+    alone = optimize(path, feeds("gen-cnn"), passes=[Quantize()]).report.totals.comparison.min_sqnr_db
+    result = optimize(path, feeds("gen-cnn"), budget=Budget(min_sqnr_db=alone - 0.5))
+    reasons = [s.reason for s in result.report.sites if s.pass_name == "prune_channels"]
+    assert any("of the accuracy budget: too little to prune with" in r for r in reasons)
+    assert all(reasons)
+    assert not any(a.kind == "prune_channels" for a in result.report.attempts)
