@@ -708,10 +708,14 @@ def test_pruning_takes_a_part_of_what_the_others_leave(done: Callable[[str], tup
     assert result.report.totals.predicted_ms[1] < 0.97 * without.report.totals.predicted_ms[1]
 
 
-def test_pruning_is_not_tried_where_the_budget_is_used_up(folder: Path) -> None:
-    path = get_model("gen-cnn", folder)
-    alone = optimize(path, feeds("gen-cnn"), passes=[Quantize()]).report.totals.comparison.min_sqnr_db
-    result = optimize(path, feeds("gen-cnn"), budget=Budget(min_sqnr_db=alone - 0.5))
+def test_pruning_is_not_tried_where_the_budget_is_used_up(
+    done: Callable[[str], tuple[Path, Path, Result]],
+) -> None:
+    path, _, free = done("gen-cnn")
+    alone = free.report.attempts[0]
+    assert (alone.kind, alone.verdict) == ("quantize", "accepted")
+    assert alone.min_sqnr_db is not None
+    result = optimize(path, feeds("gen-cnn"), budget=Budget(min_sqnr_db=alone.min_sqnr_db - 0.5))
     reasons = [s.reason for s in result.report.sites if s.pass_name == "prune_channels"]
     assert any("of the accuracy budget: too little to prune with" in r for r in reasons)
     assert all(reasons)
