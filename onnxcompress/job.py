@@ -164,8 +164,7 @@ class Job:
         before = (self.result, self.saved, self.rewrites, self.sites)
         self._in_turn(early, _CAUTION * share, by_hand=False, float_only=float_only)
         if self.result is not self.normalised:
-            pruned = self.result
-            self._in_turn(late, 1.0, by_hand=False, float_only=float_only, start=pruned)
+            self._in_turn(late, 1.0, by_hand=False, float_only=float_only, afresh=False)
             if self._cost_of_result() < _WORTH_KEEPING * seconds and not self._problem(self.result):
                 return
         tried = self.rewrites, self.sites
@@ -211,7 +210,7 @@ class Job:
         self.rewrites.append(PassReport(pass_.name, pass_options(pass_), 0, "nothing to do", why))
 
     def _in_turn(
-        self, passes: Sequence[Pass], share: float, *, by_hand: bool, float_only: bool, start: ir.Model | None = None
+        self, passes: Sequence[Pass], share: float, *, by_hand: bool, float_only: bool, afresh: bool = True
     ) -> None:
         """Passes one after the other; those that prune may use this share of the budget.
 
@@ -220,9 +219,9 @@ class Job:
             share: of the budget.
             by_hand: the user named them.
             float_only: only choices that leave the kernels float.
-            start: what an earlier turn left, to go on from; by default the normalised model, from scratch.
+            afresh: start from the normalised model; if not, from what an earlier turn left.
         """
-        if start is None:
+        if afresh:
             self.result, self.saved, self.rewrites, self.sites = self.normalised, 0.0, [], []
         for pass_ in passes:
             ways = [pass_, *(pass_.gentler() if self.target.required and not by_hand else ())]

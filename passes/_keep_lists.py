@@ -182,10 +182,8 @@ def _by_positions(where: str, mask: Mask, group: Group, coupling: Coupling, size
     axis = next((a for a, size in sizes.items() if size == mask.size), None)
     if axis is None:
         raise CouplingError(f"{where}: the list is for {mask.size}", hint=f"give {group.size} values, one for each")
-    factors = coupling.factors(axis)
     part = next(p for p in group.parts if p.factor.axis == axis)
-    inner = int(np.prod(factors[part.factor.place + 1 :]))
-    atoms = part.atoms[np.arange(mask.size) // inner % factors[part.factor.place]]
+    atoms = part.along(coupling.factors(axis))
     keep = np.ones(group.size, bool)
     keep[atoms[~mask]] = False
     keep[atoms[mask]] = True

@@ -235,6 +235,5 @@ def labels_of(group: Group, linear: Linear, factors: tuple[int, ...]) -> Indices
     labels = np.full(math.prod(factors), -1)
     for part in group.parts:
         if part.factor.axis == linear.reader.weight:
-            inner = math.prod(factors[part.factor.place + 1 :])
-            labels = part.atoms[np.arange(len(labels)) // inner % factors[part.factor.place]]
+            labels = part.along(factors)
     return np.asarray(labels[linear.positions], np.int64)

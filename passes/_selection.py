@@ -146,9 +146,7 @@ class Selection:
             sizes = self._coupling.factors(axis)
             for part in group.parts:
                 if part.factor.axis == axis:
-                    inner = int(np.prod(sizes[part.factor.place + 1 :]))
-                    atoms = part.atoms[np.arange(len(each)) // inner % sizes[part.factor.place]]
-                    np.add.at(squares, atoms, each)
+                    np.add.at(squares, part.along(sizes), each)
         return np.asarray(np.sqrt(squares)[:, None])
 
 

@@ -7,9 +7,9 @@ group   a connected component of the graph over (tensor, axis, factor)
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +68,15 @@ class Part:
     factor: Factor
     atoms: npt.NDArray[np.int64]
 
+    def along(self, factors: Sequence[int]) -> npt.NDArray[np.int64]:
+        """Atom of each position of the whole axis.
+
+        Args:
+            factors: sizes of the factors of the axis, outermost first.
+        """
+        inner = math.prod(factors[self.factor.place + 1 :])
+        return self.atoms[np.arange(math.prod(factors)) // inner % factors[self.factor.place]]
+
 
 @dataclass(frozen=True, eq=False)
 class Group:
@@ -97,11 +106,6 @@ class Group:
     readers: tuple[Reader, ...]
     makers: tuple[Axis, ...]
     unweighted: tuple[str, ...] = ()
-    _extra: dict[str, Any] = field(default_factory=dict, repr=False)
-
-    @cached_property
-    def by_factor(self) -> dict[Factor, Part]:
-        return {part.factor: part for part in self.parts}
 
     @property
     def free(self) -> int:

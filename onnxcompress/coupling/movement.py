@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnxcompress.coupling.coupler import Coupler
+from onnxcompress.coupling.coupler import Coupler, Operand
 from onnxcompress.coupling.mending import Mender
 from onnxcompress.coupling.rules import mends, rule
 
@@ -19,14 +19,19 @@ def concat(node: ir.Node, at: Coupler) -> None:
     start = 0
     for index in range(len(node.inputs)):
         x = at.data(node, index)
-        for k in range(len(y)):
-            if k != axis:
-                at.same(x[k], y[k], node)
-        if x.shape[axis] == 1 and y.shape[axis] > 1:
-            at.pick_fixed(y[axis], start, node, "Concat puts a single position there")
-        elif x.shape[axis]:
-            at.block(x[axis], y[axis], start, node)
+        _piece(node, at, x, y, axis, start, "Concat puts a single position there")
         start += x.shape[axis]
+
+
+def _piece(node: ir.Node, at: Coupler, part: Operand, whole: Operand, axis: int, start: int, single: str) -> None:
+    """A tensor is a run of positions of another along an axis; the other axes are the same."""
+    for k in range(len(whole)):
+        if k != axis:
+            at.same(part[k], whole[k], node)
+    if part.shape[axis] == 1 and whole.shape[axis] > 1:
+        at.pick_fixed(whole[axis], start, node, single)
+    elif part.shape[axis]:
+        at.block(part[axis], whole[axis], start, node)
 
 
 @rule("Split")
@@ -37,13 +42,7 @@ def split(node: ir.Node, at: Coupler) -> None:
     start = 0
     for value in node.outputs:
         y = at.operand(value)
-        for k in range(len(x)):
-            if k != axis:
-                at.same(x[k], y[k], node)
-        if y.shape[axis] == 1 and x.shape[axis] > 1:
-            at.pick_fixed(x[axis], start, node, "Split takes a single position")
-        elif y.shape[axis]:
-            at.block(y[axis], x[axis], start, node)
+        _piece(node, at, y, x, axis, start, "Split takes a single position")
         start += y.shape[axis]
     if len(node.inputs) > 1 and node.inputs[1] is not None and at.array(node, 1) is None:
         at.pin(x[axis], node, "the sizes of its parts are computed")
