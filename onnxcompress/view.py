@@ -95,6 +95,18 @@ class GraphView:
             raise RewriteError(f"no node is called {name!r}")
         return self._by_name[name]
 
+    def value(self, name: str) -> ir.Value | None:
+        """The input, weight or value of the main graph of this name; None if there is none."""
+        self._check()
+        return self._values_by_name.get(name)
+
+    @cached_property
+    def _values_by_name(self) -> dict[str, ir.Value]:
+        found: dict[str, ir.Value] = {}
+        for value in (*self._model.graph.inputs, *self.weights(), *self.values()):
+            found.setdefault(str(value.name), value)
+        return found
+
     def in_subgraph(self, node: ir.Node) -> bool:
         """Whether the node is inside the body of an If, Loop or Scan."""
         self._check()

@@ -26,6 +26,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "model report statistics images feeds findings",
         "view session sizes ranges origins synthetic profile_text pieces moments",
         "rewrite smooth data work target coupling.axes",
+        "sketch",
         "coupling.groups coupling.statements",
         "coupling.coupler",
         "coupling.mending",
@@ -68,7 +69,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 FOR_PASSES = frozenset(
-    {"base", "rewrite", "model", "view", "coupling", "statistics", "ranges", "target", "errors", "passes"}
+    {"base", "rewrite", "model", "view", "coupling", "sketch", "statistics", "ranges", "target", "errors", "passes"}
 )
 FOR_ZOO = frozenset({"errors", "models_zoo"})
 ZOO_READERS = frozenset({"cli", "render"})
