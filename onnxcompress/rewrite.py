@@ -20,7 +20,7 @@ from onnxcompress.view import REVISION, GraphView, body_nodes
 
 __all__ = ["Edit", "Rewriter", "can_be_output"]
 
-Attribute = int | float | str | ir.Attr | Sequence[int] | Sequence[float] | ir.TensorProtocol
+Attribute = int | float | str | ir.Attr | Sequence[int] | Sequence[float] | Sequence[str] | ir.TensorProtocol
 
 
 @dataclass(frozen=True)

@@ -101,8 +101,7 @@ def draw(
                 inputs.append(constants[read])
             else:
                 inputs.append(None if read is None else made[read] if read in made else rewriter.value(read))
-        attributes: dict[str, Attribute] = {}
-        attributes.update(node.attributes)
+        attributes: dict[str, Attribute] = {**dict[str, Attribute](node.attributes)}
         outputs = rewriter.insert(
             node.op, inputs, attributes, after=anchor, name=f"{prefix}_{node.op}",
             outputs=len(node.outputs), dtype=ir.DataType.FLOAT,

@@ -12,16 +12,20 @@ what nodes come out. Their weights are those that lose least of y on what calibr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
+from weakref import ref
 
 import numpy as np
 import numpy.typing as npt
 
 from onnxcompress.sketch import Drawn, Slot, slots
-from onnxcompress.statistics import Evidence, Need
+from onnxcompress.statistics import Evidence, Need, SecondMoments
 
 __all__ = ["Factors", "Form", "Ranks", "Settings"]
+
+T = TypeVar("T")
 
 Array = npt.NDArray[np.float64]
 
@@ -50,13 +54,13 @@ class Factors:
         weights: one array for every slot of the drawing.
         lost: E|y - y'|^2 / E|y|^2 on what was seen (about the mean where a bias makes up for it); by the weights
             alone where nothing was seen.
-        shift: what is to be added to the layer's output (outputs,) to keep its mean; None for nothing, or where the
-            slots hold it already.
+        shifts: by name of a MatMul's output, what is to be added to it (outputs,) to keep its mean; nodes with a bias
+            have it in a slot.
     """
 
     weights: Mapping[Slot, npt.NDArray[np.float32]]
     lost: float
-    shift: Array | None = None
+    shifts: Mapping[str, Array] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -72,7 +76,6 @@ class Form(ABC):
     name: str
     nodes: tuple[str, ...]
     old_weights: int
-    _last: tuple[object, Ranks, Factors] | None = field(default=None, init=False, repr=False)
 
     @property
     @abstractmethod
@@ -93,6 +96,10 @@ class Form(ABC):
 
         Without evidence (``evidence.has(need)`` is False, or ``evidence.synthetic``) all features count alike.
         """
+
+    def remembered(self, moments: SecondMoments | None, settings: Settings, make: Callable[[], T]) -> T:
+        """What serves all ranks, made once; that of the form asked last is kept, so memory does not grow."""
+        return _latest.get(self, moments, settings, make)
 
     def weights(self, ranks: Ranks) -> int:
         """How many weights it has at these ranks."""
@@ -121,3 +128,26 @@ class Form(ABC):
             if ranks != most and all(r <= m for r, m in zip(ranks, most, strict=True)) and ranks not in found:
                 found.append(ranks)
         return found
+
+
+class _Latest:
+    """One result, of the form, the moments and the settings asked for last."""
+
+    def __init__(self) -> None:
+        self._form: ref[Form] | None = None
+        self._matrix: ref[Array] | None = None
+        self._settings: Settings | None = None
+        self._result: Any = None
+
+    def get(self, form: Form, moments: SecondMoments | None, settings: Settings, make: Callable[[], T]) -> T:
+        matrix = None if moments is None else moments.matrix
+        same = self._form is not None and self._form() is form and self._settings == settings
+        if not same or (None if self._matrix is None else self._matrix()) is not matrix:
+            self._result = None
+            self._result = make()
+            self._form, self._settings = ref(form), settings
+            self._matrix = None if matrix is None else ref(matrix)
+        return cast(T, self._result)
+
+
+_latest = _Latest()
