@@ -10,9 +10,9 @@ import onnx_ir as ir
 
 from onnxcompress import model as models
 from onnxcompress.base import Choice, Pass, Skip, Skipped
-from onnxcompress.coupling.removal import forget_notes
 from onnxcompress.errors import OnnxCompressError
 from onnxcompress.evaluate import Reference, is_lossless
+from onnxcompress.notes import forget_notes
 from onnxcompress.report import Comparison, PassReport
 from onnxcompress.rewrite import Rewriter
 from onnxcompress.statistics import Evidence

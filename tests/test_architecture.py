@@ -24,7 +24,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for layer in (
         "errors guest fitting.machine",
         "model report statistics images feeds findings",
-        "view session sizes ranges origins synthetic profile_text pieces moments",
+        "view session sizes ranges origins synthetic profile_text pieces moments notes",
         "rewrite smooth data work target coupling.axes",
         "sketch",
         "coupling.groups coupling.statements",
@@ -42,7 +42,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "profile_schema",
         "profile_files layout",
         "execution",
-        "base profile calibrate evaluate interop liveness",
+        "base profile calibrate paired evaluate interop liveness",
         "registry cost planner instructions",
         "sensitivity trial settling measurements emulation alternatives regions suitability",
         "fitting fitting.links fitting.nets fitting.samples fitting.structure fitting.kit_run",
@@ -69,7 +69,20 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 FOR_PASSES = frozenset(
-    {"base", "rewrite", "model", "view", "coupling", "sketch", "statistics", "ranges", "target", "errors", "passes"}
+    {
+        "base",
+        "rewrite",
+        "model",
+        "view",
+        "coupling",
+        "sketch",
+        "statistics",
+        "ranges",
+        "target",
+        "errors",
+        "notes",
+        "passes",
+    }
 )
 FOR_ZOO = frozenset({"errors", "models_zoo"})
 ZOO_READERS = frozenset({"cli", "render"})

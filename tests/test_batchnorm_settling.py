@@ -15,10 +15,11 @@ import onnxcompress
 from onnxcompress import model as models
 from onnxcompress.calibrate import calibrate
 from onnxcompress.coupling import Coupling, remove
-from onnxcompress.coupling.removal import forget_notes, noted_positions
+from onnxcompress.coupling.removal import noted_positions
 from onnxcompress.data import open_data
 from onnxcompress.errors import DataError
 from onnxcompress.models_zoo.families import family_feeds
+from onnxcompress.notes import forget_notes
 from onnxcompress.passes import _batchnorm as batchnorm
 from onnxcompress.passes.prune_channels import Criterion, PruneChannels
 from onnxcompress.registry import parse

@@ -15,14 +15,15 @@ from onnxcompress.coupling.groups import Group
 from onnxcompress.coupling.mending import Mender
 from onnxcompress.coupling.rules import rule_of
 from onnxcompress.errors import CouplingError
+from onnxcompress.notes import note, noted
 from onnxcompress.rewrite import Rewriter
 
-__all__ = ["check_keep", "forget_notes", "kept_positions", "new_sizes", "noted_positions", "remove"]
+__all__ = ["check_keep", "kept_positions", "new_sizes", "noted_positions", "remove"]
 
 Indices = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
-_KEPT = "onnxcompress.kept"
+_KEPT = "kept"
 """Note on an activation that shrank: by axis, which of the positions it once had are left."""
 
 
@@ -146,21 +147,12 @@ def _set_shapes(kept: Mapping[Axis, Indices], rewriter: Rewriter) -> None:
             extents[axis.dim] = len(positions)
             value.shape = ir.Shape(extents)
         if value is not None and not value.is_initializer():
-            earlier: Mapping[int, Indices] = value.meta.get(_KEPT, {})
+            earlier = noted_positions(value)
             whole = earlier[axis.dim][positions] if axis.dim in earlier else positions
-            value.meta[_KEPT] = {**earlier, axis.dim: whole}  # a new one: clones share the old
+            note(value, _KEPT, {**earlier, axis.dim: whole})
 
 
 def noted_positions(value: ir.Value) -> Mapping[int, Indices]:
     """By axis that shrank, which positions of an activation are left, in the numbers of the model before the pass."""
-    found: Mapping[int, Indices] = value.meta.get(_KEPT, {})
-    return found
-
-
-def forget_notes(model: ir.Model) -> None:
-    """Makes the model as it is the one whose positions are noted from now on."""
-    for node in model.graph.all_nodes():
-        for value in node.outputs:
-            value.meta.pop(_KEPT, None)
-    for value in model.graph.inputs:
-        value.meta.pop(_KEPT, None)
+    found: Mapping[int, Indices] | None = noted(value, _KEPT)
+    return found or {}
