@@ -45,7 +45,7 @@ from onnxcompress.view import GraphView
 from onnxcompress.work import shape_of
 
 FORMS = ("fp32", "static", "onnxcompress")
-EXTRA = {"crepe": "models/crepe_tiny.onnx", "nmp": "x/basic_pitch-*/**/nmp.onnx"}
+EXTRA = {"nmp": "x/basic_pitch-*/**/nmp.onnx"}
 """Models without a score here; inputs are noise, which costs the same."""
 
 

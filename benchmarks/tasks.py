@@ -33,7 +33,7 @@ class Task:
 
     Attributes:
         name: As on the command line.
-        script: Module under ``eval/``.
+        script: Module under ``eval/``, or of this package.
         metrics: Keys of what ``evaluate`` returns; the first is the score.
         model: Glob under the zoo folder when it is not the script's own ``MODEL``.
         lower_is_better: True for perplexity.
@@ -143,5 +143,6 @@ TASKS: dict[str, Task] = {
         Task("magika", "eval_magika", ("acc",)),
         Task("ssd", "eval_coco", ("map50",)),
         Task("lm", "eval_lm", ("ppl", "top1"), lower_is_better=True),
+        Task("crepe", "benchmarks.crepe", ("pitch_accuracy",), model="models/crepe_tiny.onnx"),
     )
 }
