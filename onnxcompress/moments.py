@@ -1,4 +1,4 @@
-"""Streaming moments of channels: each by itself, and between all pairs.
+"""Streaming moments of channels: each by itself, between all pairs, and between two models.
 
 **Each by itself.** Sums in float32 over blocks of at most 4096 terms, added up in float64.
 
@@ -18,6 +18,9 @@ share of them each, and a sample with no more rows than its share contributes th
 ``0, p, 2p, ...`` modulo their number, p being the number next above the golden section of it that shares no factor
 with it: no row comes twice, they lie evenly, and no column of an image is favoured. They depend on the number of rows
 and on nothing else.
+
+**Two models.** Rows of features x of one and y of the other, chosen and shifted alike, give the products ``X^T X`` and
+``Y^T X``; there are none between features of y. Rows are as many as for x alone.
 """
 
 from __future__ import annotations
@@ -29,9 +32,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from onnxcompress.statistics import ChannelMoments, Need, Patches, SecondMoments
+from onnxcompress.statistics import ChannelMoments, CrossMoments, Need, Pair, Patches, SecondMoments
 
-__all__ = ["ChannelAccumulator", "GramAccumulator", "HalvedGram"]
+__all__ = ["ChannelAccumulator", "GramAccumulator", "HalvedCross", "HalvedGram"]
 
 Array = npt.NDArray[Any]
 
@@ -167,8 +170,7 @@ class GramAccumulator:
             rows = max(_SHORTEST_BLOCK, min(_BLOCK_ROWS, _BLOCK_ELEMENTS // features))
             self._block = np.empty((rows, features), np.float32)
         outer = view.shape[: view.ndim - len(self._features)]
-        share = -(-max(_ROWS_PER_FEATURE * features, _LEAST_ROWS) // self._samples)
-        chosen = _spread(math.prod(outer), share)
+        chosen = _spread(math.prod(outer), _share(features, self._samples))
         while chosen.size:
             part, chosen = np.split(chosen, [len(self._block) - self._filled])
             end = self._filled + part.size
@@ -241,6 +243,135 @@ class HalvedGram:
         matrix *= b.count / count
         matrix += a.matrix * (a.count / count)
         return SecondMoments(matrix, (a.count * a.mean + b.count * b.mean) / count, count, a)
+
+
+# --- between two models ------------------------------------------------------------------------
+
+
+class _Cross:
+    """Products of features of two models.
+
+    Args:
+        pair: says what the features are.
+        samples: how many pairs of arrays will come; each contributes a share of the rows.
+    """
+
+    def __init__(self, pair: Pair, samples: int) -> None:
+        self._pair, self._samples = pair, max(1, samples)
+        self._matrix: npt.NDArray[np.float64] | None = None
+        self._cross: npt.NDArray[np.float64] = np.zeros((0, 0))
+        self._shifts = self._sums = (np.zeros(0), np.zeros(0))
+        self._count = 0
+        self._unusable = False
+        self.nan = False
+
+    def add(self, now: Array, then: Array) -> None:
+        """Adds float32 arrays of one sample."""
+        if now.size == 0 or then.size == 0 or self._unusable or self.nan:
+            return
+        ends = [float(end) for array in (now, then) for end in (array.min(), array.max())]
+        if not all(math.isfinite(end) for end in ends):
+            self.nan = any(math.isnan(end) for end in ends)
+            self._unusable = True
+            return
+        x_rows, y_rows = _rows(now, self._pair.now), _rows(then, self._pair.then)
+        if x_rows is None or y_rows is None:
+            self._unusable = True
+            return
+        views, widths = (x_rows[0], y_rows[0]), (math.prod(x_rows[1]), math.prod(y_rows[1]))
+        outer = [view.shape[: view.ndim - len(features)] for view, features in (x_rows, y_rows)]
+        if self._matrix is None:
+            self._matrix, self._cross = np.zeros((widths[0],) * 2), np.zeros(widths[::-1])
+            self._sums = np.zeros(widths[0]), np.zeros(widths[1])
+        if self._cross.shape != (widths[1], widths[0]) or _long(outer[0]) != _long(outer[1]):
+            self._unusable = True
+            return
+        chosen = _spread(math.prod(outer[0]), _share(widths[0], self._samples))
+        narrow = _SQUARES_FIT[0] < max(map(abs, ends)) < _SQUARES_FIT[1]
+        for start in range(0, chosen.size, _BLOCK_ROWS):
+            part = chosen[start : start + _BLOCK_ROWS]
+            x, y = (
+                view[np.unravel_index(part, rows)].reshape(part.size, width).astype(np.float32 if narrow else float)
+                for view, rows, width in zip(views, outer, widths, strict=True)
+            )
+            if self._count == 0:
+                self._shifts = _middle(x), _middle(y)
+            for block, shift, total in zip((x, y), self._shifts, self._sums, strict=True):
+                block -= shift.astype(block.dtype)
+                total += block.sum(0, dtype=np.float64)
+            self._matrix += x.T @ x
+            self._cross += y.T @ x
+            self._count += part.size
+
+    def result(self) -> CrossMoments | None:
+        """The moments; None if nothing usable was added."""
+        if self._matrix is None or self._unusable or self._count == 0:
+            return None
+        (x, y), (rest_x, rest_y) = self._shifts, (total / self._count for total in self._sums)
+        back = np.outer(x, rest_x + x / 2)
+        matrix = self._matrix / self._count + (back + back.T)
+        cross = self._cross / self._count + np.outer(y, rest_x + x) + np.outer(rest_y, x)
+        return CrossMoments(matrix, cross, rest_x + x, rest_y + y, self._count)
+
+
+class HalvedCross:
+    """Moments between two models, of all samples and of every second one.
+
+    Args:
+        pair: says what the features are.
+        samples: how many pairs of arrays will come.
+    """
+
+    def __init__(self, pair: Pair, samples: int = 1) -> None:
+        self._halves = (_Cross(pair, samples), _Cross(pair, samples))
+        self._added = 0
+
+    @property
+    def nan(self) -> bool:
+        """NaN was added."""
+        return any(half.nan for half in self._halves)
+
+    def add(self, now: Array, then: Array) -> None:
+        """Adds float32 arrays of one sample: of the rewritten model, and of the one before."""
+        self._halves[self._added % 2].add(now, then)
+        self._added += 1
+
+    def result(self) -> CrossMoments | None:
+        """The moments; None if nothing usable was added."""
+        found = [half.result() for half in self._halves[: self._added]]
+        if not found or any(half is None for half in found):
+            return None
+        a, b = found[0], found[-1]
+        if a is None or b is None or len(found) < 2 or a.cross.shape != b.cross.shape:
+            return a if len(found) < 2 else None
+        count = a.count + b.count
+        u, v = a.count / count, b.count / count
+        return CrossMoments(
+            u * a.matrix + v * b.matrix,
+            u * a.cross + v * b.cross,
+            u * a.mean + v * b.mean,
+            u * a.wanted + v * b.wanted,
+            count,
+            a,
+        )
+
+
+def _middle(block: Array) -> npt.NDArray[np.float64]:
+    """Mean of rows, rounded to float32 so that a constant feature becomes exactly zero."""
+    return np.asarray(block.mean(0, dtype=np.float64), np.float32).astype(np.float64)
+
+
+def _long(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without axes of length 1."""
+    return tuple(length for length in shape if length != 1)
+
+
+# --- rows --------------------------------------------------------------------------------------
+
+
+def _share(features: int, samples: int) -> int:
+    """Rows a sample contributes at most."""
+    return -(-max(_ROWS_PER_FEATURE * features, _LEAST_ROWS) // samples)
 
 
 def _rows(array: Array, need: Need) -> tuple[Array, tuple[int, ...]] | None:

@@ -15,7 +15,7 @@ _PREFIX = "onnxcompress.note."
 
 
 def note(subject: ir.Node | ir.Value, what: str, content: Any) -> None:
-    """Leaves a note, in place of an earlier one of the same kind; clones share the content, so it must not be edited."""
+    """Leaves a note in place of an earlier one of the same kind; clones share the content, so it must not change."""
     subject.meta[_PREFIX + what] = content
 
 
@@ -27,6 +27,7 @@ def noted(subject: ir.Node | ir.Value, what: str) -> Any:
 def forget_notes(model: ir.Model) -> None:
     """Takes all notes away: from now on they are of rewrites of the model as it is."""
     nodes = tuple(model.graph.all_nodes())
-    for subject in (*nodes, *(v for node in nodes for v in node.outputs), *model.graph.inputs):
+    subjects: list[ir.Node | ir.Value] = [*nodes, *(v for node in nodes for v in node.outputs), *model.graph.inputs]
+    for subject in subjects:
         for key in [k for k in subject.meta if k.startswith(_PREFIX)]:
             del subject.meta[key]

@@ -18,9 +18,11 @@ from onnxcompress.errors import PassError
 
 __all__ = [
     "ChannelMoments",
+    "CrossMoments",
     "Evidence",
     "Histogram",
     "Need",
+    "Pair",
     "Patches",
     "RangeMethod",
     "SecondMoments",
@@ -135,6 +137,30 @@ class Need:
         return () if self.patches is not None else self.axes or (self.axis,)
 
 
+@dataclass(frozen=True, order=True)
+class Pair:
+    """Features of a rewritten model and those of the model before it, row by row of the same feeds.
+
+    Attributes:
+        now: GRAM of a value of the rewritten model.
+        then: GRAM of a value of the model before; it has to have as many rows, in the same order: the windows a Conv
+            reads go with the positions of what it makes.
+
+    Raises:
+        PassError: one of them is another statistic.
+    """
+
+    now: Need
+    then: Need
+
+    def __post_init__(self) -> None:
+        for need in (self.now, self.then):
+            if need.statistic is not Statistic.GRAM:
+                raise PassError(
+                    f"{need.value!r} is paired by its {need.statistic}", hint="pairs are of second moments: GRAM"
+                )
+
+
 @dataclass(frozen=True)
 class Histogram:
     """Counts over equal bins, with the exact extremes.
@@ -201,6 +227,46 @@ class SecondMoments:
         return self.matrix - np.outer(self.mean, self.mean)
 
 
+@dataclass(frozen=True)
+class CrossMoments:
+    """Moments of n features x of a rewritten model and m features y of the model before, over rows of both.
+
+    Attributes:
+        matrix: float64, shape (n, n): mean of ``x x^T``, about zero; exactly symmetric.
+        cross: float64, shape (m, n): mean of ``y x^T``, about zero.
+        mean: float64, shape (n,), of x.
+        wanted: float64, shape (m,): mean of y.
+        count: rows seen.
+        first: the same of every second sample only; None where there was one sample.
+    """
+
+    matrix: npt.NDArray[np.float64]
+    cross: npt.NDArray[np.float64]
+    mean: npt.NDArray[np.float64]
+    wanted: npt.NDArray[np.float64]
+    count: int
+    first: CrossMoments | None = None
+
+    @property
+    def halves(self) -> tuple[CrossMoments, CrossMoments] | None:
+        """Of every second sample and of the others, to fit on one and to look at the other; None for one sample."""
+        a = self.first
+        if a is None:
+            return None
+        rest, whole = self.count - a.count, self.count
+
+        def other(both: Array, half: Array) -> Array:
+            return np.asarray((whole * both - a.count * half) / rest)
+
+        return a, CrossMoments(
+            other(self.matrix, a.matrix),
+            other(self.cross, a.cross),
+            other(self.mean, a.mean),
+            other(self.wanted, a.wanted),
+            rest,
+        )
+
+
 class Evidence:
     """What calibration learned; read-only.
 
@@ -211,6 +277,7 @@ class Evidence:
         samples: how many feeds were seen.
         synthetic: the feeds were made up, so ranges are not evidence of anything real.
         grams: by the need that asked for them.
+        crosses: by the pair that asked for them.
     """
 
     def __init__(
@@ -221,6 +288,7 @@ class Evidence:
         samples: int = 0,
         synthetic: bool = False,
         grams: Mapping[Need, SecondMoments] | None = None,
+        crosses: Mapping[Pair, CrossMoments] | None = None,
     ) -> None:
         self.histograms: Mapping[str, Histogram] = dict(histograms or {})
         self._channels = dict(channels or {})
@@ -228,6 +296,7 @@ class Evidence:
         self.samples = samples
         self.synthetic = synthetic
         self._grams = dict(grams or {})
+        self._crosses = dict(crosses or {})
 
     def joined(self, other: Evidence) -> Evidence:
         """Everything both know; ``other`` has the last word."""
@@ -238,10 +307,13 @@ class Evidence:
             max(self.samples, other.samples),
             self.synthetic or other.synthetic,
             {**self._grams, **other._grams},
+            {**self._crosses, **other._crosses},
         )
 
-    def has(self, need: Need) -> bool:
+    def has(self, need: Need | Pair) -> bool:
         """Whether the value was observed (a value inside a Loop body is not)."""
+        if isinstance(need, Pair):
+            return need in self._crosses
         if need.statistic is Statistic.HISTOGRAM:
             return need.value in self.histograms
         if need.statistic is Statistic.GRAM:
@@ -272,3 +344,12 @@ class Evidence:
                 hint="name them in the pass's needs(), and ask has() first: some values have none",
             )
         return self._grams[need]
+
+    def cross_moments(self, pair: Pair) -> CrossMoments:
+        """Raises PassError if the pass did not ask for exactly this in ``settling``."""
+        if pair not in self._crosses:
+            raise PassError(
+                f"no moments of {pair.now.value!r} against {pair.then.value!r} were collected",
+                hint="name them in the pass's settling(), and ask has() first: some values have none",
+            )
+        return self._crosses[pair]
