@@ -36,7 +36,7 @@ import onnx_ir as ir
 
 from onnxcompress.errors import OnnxCompressError, PassContractError
 from onnxcompress.rewrite import Rewriter
-from onnxcompress.statistics import Evidence, Need
+from onnxcompress.statistics import Evidence, Need, Pair
 from onnxcompress.target import Target
 from onnxcompress.view import GraphView
 
@@ -273,11 +273,13 @@ class Pass(ABC):
         """
         return False
 
-    def settling(self, view: GraphView) -> Iterable[Collection[Need]]:
-        """What to observe, in the rewritten model and in the one before, to settle what was made; nothing by default.
+    def settling(self, view: GraphView) -> Iterable[Collection[Need | Pair]]:
+        """What to observe of the rewritten model and the one before, to settle what was made; nothing by default.
+
+        A need is observed in both models, each by itself; a pair in both at once, on the same feeds.
 
         Args:
-            view: of the rewritten model.
+            view: of the rewritten model; what a rewrite noted on its nodes and values is there.
 
         Returns:
             Rounds: each is observed on what the one before left, and then settled.
@@ -290,7 +292,7 @@ class Pass(ABC):
         Args:
             rewriter: of the rewritten model.
             before: of the model before the pass, all rounds.
-            after: of the rewritten model as it is, this round.
+            after: of the rewritten model as it is, and of its pairs with the model before, this round.
         """
 
     @classmethod

@@ -27,6 +27,7 @@ from onnxcompress.cost import CostModel
 from onnxcompress.data import Feed, Source
 from onnxcompress.errors import DataError, ModelRunError, UsageError
 from onnxcompress.evaluate import Reference, measure, observed, rounding_noise
+from onnxcompress.paired import cross_moments
 from onnxcompress.planner import Plan
 from onnxcompress.profile import Profile
 from onnxcompress.questions import ask, explain, offers
@@ -35,7 +36,7 @@ from onnxcompress.search import Checked, Search
 from onnxcompress.sensitivity import Prices, measure_prices
 from onnxcompress.settling import settled
 from onnxcompress.sizes import file_size, model_size
-from onnxcompress.statistics import Evidence, Need, Statistic
+from onnxcompress.statistics import Evidence, Need, Pair, Statistic
 from onnxcompress.suitability import on_device, remarks, stranded
 from onnxcompress.target import Target
 from onnxcompress.trial import LOSSLESS_SAMPLES, Tidied, difference, pass_options, tidy
@@ -400,10 +401,25 @@ class Job:
             known = known.joined(self._calibrate(model, missing))
             return known
 
+        def after(candidate: ir.Model, wanted: Collection[Need | Pair]) -> Evidence:
+            found = self._calibrate(candidate, [n for n in wanted if isinstance(n, Need)])
+            return found.joined(self._pair(candidate, model, [n for n in wanted if isinstance(n, Pair)]))
+
         def quality(candidate: ir.Model) -> float:
             return self.reference.compare(candidate).min_sqnr_db
 
-        return lambda candidate: settled(candidate, pass_, before, self._calibrate, quality)
+        return lambda candidate: settled(candidate, pass_, before, after, quality)
+
+    def _pair(self, now: ir.Model, then: ir.Model, pairs: Collection[Pair]) -> Evidence:
+        """Two models on the calibration data; nothing of made-up inputs, which are no ground to fit weights on."""
+        synthetic = self.source.synthetic
+        if not pairs or synthetic:
+            return Evidence(synthetic=synthetic)
+
+        def tick(done: int, total: int) -> None:
+            self.progress("comparing with the model before", done, total)
+
+        return Evidence(crosses=cross_moments(now, then, pairs, self.calibration, progress=tick))
 
     def _shapes_of(self, model: ir.Model) -> Mapping[str, tuple[int, ...]]:
         """Measured shapes of a model; earlier passes may have changed those of the normalised one."""

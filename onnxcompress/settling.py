@@ -12,7 +12,7 @@ from onnxcompress import model as models
 from onnxcompress.base import Pass
 from onnxcompress.errors import DataError
 from onnxcompress.rewrite import Rewriter
-from onnxcompress.statistics import Evidence, Need
+from onnxcompress.statistics import Evidence, Need, Pair
 from onnxcompress.view import GraphView
 
 __all__ = ["settled"]
@@ -24,7 +24,7 @@ def settled(
     model: ir.Model,
     pass_: Pass,
     before: Callable[[Collection[Need]], Evidence],
-    after: Callable[[ir.Model, Collection[Need]], Evidence],
+    after: Callable[[ir.Model, Collection[Need | Pair]], Evidence],
     quality: Callable[[ir.Model], float],
 ) -> ir.Model:
     """A rewritten model, settled by its pass; as it is where that brings nothing.
@@ -33,19 +33,20 @@ def settled(
         model: the rewritten model; not changed.
         pass_: who rewrote it.
         before: observes the model before the pass.
-        after: observes a model.
+        after: observes a rewritten model, and pairs of it and the model before.
         quality: of a model's outputs, in dB; higher is better.
 
     Raises:
         ModelRunError: the rewritten model does not run.
     """
-    rounds = [r for r in (sorted(set(needs)) for needs in pass_.settling(GraphView(model))) if r]
+    asked = (sorted(set(round_), key=lambda n: (isinstance(n, Pair), n)) for round_ in pass_.settling(GraphView(model)))
+    rounds = [r for r in asked if r]
     if not rounds:
         return model
     unsettled = quality(model)
     if not math.isfinite(unsettled):  # exact, or beyond help
         return model
-    known = before({n for needs in rounds for n in needs})
+    known = before({n for needs in rounds for n in needs if isinstance(n, Need)})
     copy = models.clone(model)
     for needs in rounds:
         try:
