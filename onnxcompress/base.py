@@ -36,6 +36,7 @@ import onnx_ir as ir
 
 from onnxcompress.errors import OnnxCompressError, PassContractError
 from onnxcompress.rewrite import Rewriter
+from onnxcompress.sketch import Drawn
 from onnxcompress.statistics import Evidence, Need, Pair
 from onnxcompress.target import Target
 from onnxcompress.view import GraphView
@@ -133,6 +134,8 @@ class Choice:
             be changed at the same time.
         resizes: axes that get another size: (name of the value or weight, axis, size). The planner prices
             the graph at these sizes.
+        becomes: nodes that take the place of all nodes of the site, drawn before their weights are known; the
+            planner prices them instead.
         bytes_saved: weight bytes it takes off the file.
         terms: the distortions it causes, for passes that can :meth:`Pass.simulate` them.
         detail: the pass's own settings for the choice (``Rank(32)``); any hashable value.
@@ -151,6 +154,7 @@ class Choice:
     adds: tuple[tuple[str, str], ...] = ()
     removes: tuple[str, ...] = ()
     resizes: tuple[tuple[str, int, int], ...] = ()
+    becomes: tuple[Drawn, ...] = ()
     bytes_saved: int = 0
     terms: tuple[Term, ...] = ()
     detail: Hashable = None
@@ -165,7 +169,7 @@ class Pass(ABC):
         name: what the command line calls it; a verb.
         stage: when it runs.
         ops: operator types :meth:`match` is asked about.
-        rank: place within the stage; smaller runs first, then by name.
+        place: within the stage; smaller runs first, then by name.
         min_opset: version of the standard operator set its rewrites need; the pipeline raises it.
         lossless: it must not change any output beyond float rounding; the pipeline checks.
         automatic: it takes part where no passes are named; if not, only where the user asks for it.
@@ -177,7 +181,7 @@ class Pass(ABC):
     name: ClassVar[str]
     stage: ClassVar[Stage] = Stage.SHARE
     ops: ClassVar[tuple[str, ...]] = ()
-    rank: ClassVar[int] = 0
+    place: ClassVar[int] = 0
     min_opset: ClassVar[int] = 1
     lossless: ClassVar[bool] = False
     automatic: ClassVar[bool] = True
@@ -272,6 +276,17 @@ class Pass(ABC):
         its choices are then measured one clone at a time.
         """
         return False
+
+    def relative(self, term: Term, evidence: Evidence) -> tuple[Hashable, float] | None:
+        """How large a distortion is among others of its kind: terms with equal keys have prices in proportion.
+
+        Then one of them is measured, the smallest, and the others follow from it. None, the default, where each has
+        to be measured.
+
+        Returns:
+            A key, and the size: the share of a value's energy that is lost.
+        """
+        return None
 
     def settling(self, view: GraphView) -> Iterable[Collection[Need | Pair]]:
         """What to observe of the rewritten model and the one before, to settle what was made; nothing by default.

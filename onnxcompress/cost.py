@@ -199,6 +199,12 @@ class CostModel:
         """
         return Costing(self, view, shapes).cost(compressed=compressed)
 
+    def part(self, view: GraphView, shapes: Shapes) -> float:
+        """Seconds of some nodes of the model these prices were made for (:meth:`for_model`), given as a model."""
+        costing = Costing(self, view, shapes)
+        costing.prices = self  # what the caches lose from run to run is up to the whole
+        return costing.cost().seconds - 1e-9 * self.profile.overhead.ns_per_run
+
     def usage(self, view: GraphView, shapes: Shapes) -> tuple[Use, ...]:
         """What a run of a model multiplies the coefficients of the profile with.
 

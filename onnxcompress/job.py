@@ -130,7 +130,7 @@ class Job:
         """Goes all the way; what came of it is in ``result`` and the records."""
         by_hand = passes is not None
         chosen = list(passes) if passes is not None else _automatic()
-        chosen.sort(key=lambda p: (p.stage, p.rank))
+        chosen.sort(key=lambda p: (p.stage, p.place))
         tidying = [p for p in chosen if p.lossless and p.stage is Stage.NORMALISE]
         if by_hand and not tidying:  # rewrites by hand still start from a tidy graph
             tidying = [p() for p in registry.available().values() if p.lossless and p.stage is Stage.NORMALISE]
@@ -366,6 +366,7 @@ class Job:
         search.whole = before
         search.by_noise = floor is not None or self.budget.max_drop is None
         search.settle = self._settle(model, pass_)
+        search.relative = pass_.relative
         found = search.by_hand() if by_hand and not pass_.planned else search.run()
         self.attempts += search.attempts
         self.saved += found.plan.seconds_before - found.plan.seconds

@@ -76,7 +76,7 @@ def groups(
     source = open_data(calibration, tidied, preprocess=preprocess).take(_FEW)
     tidying = (p for p in registry.available().values() if p.lossless and p.stage is Stage.NORMALISE)
     passes = [p() for p in tidying if not p.resizes]  # sizes are those that keep-lists have to have
-    for pass_ in sorted(passes, key=lambda p: (p.stage, p.rank)):
+    for pass_ in sorted(passes, key=lambda p: (p.stage, p.place)):
         tidied = _tidied(tidied, pass_, source)
     coupling = Coupling(GraphView(tidied), value_shapes(tidied, source.first(), bodies=True))
     return tuple(map(_found, coupling.groups))

@@ -12,6 +12,7 @@ from onnxcompress.base import KEEP, Choice, Pass, Precision, Site, Skip, Skipped
 from onnxcompress.cost import Costing, CostModel
 from onnxcompress.planner import Option, Plan, Question, ValueCost
 from onnxcompress.report import SiteReport
+from onnxcompress.sketch import Drawn, drawn_model, redrawn
 from onnxcompress.target import Target
 from onnxcompress.view import GraphView
 from onnxcompress.work import NodeWork, kinds_of, work_of
@@ -24,6 +25,8 @@ _LEAST_STEP = 2e-4
 """Share of the model's time that a smaller width has to save."""
 _LARGE = 1000
 """Nodes of a graph above which a width is priced as if what runs inside what stayed the same."""
+_SMALLER_MAY_COST = 5e-3
+"""Share of the model's time that nodes may take more where they make the file smaller."""
 _NO_DATA = "it needs ranges from real data, and there is no calibration data"
 
 
@@ -94,6 +97,7 @@ def ask(
     now, whole = {row.name: row.seconds for row in total.nodes}, total.seconds
     resized = _Resizing(view, cost, shapes)
     here = cost.for_model(view, shapes)
+    redrawing = _Redrawing(view, here, shapes)
     questions: list[Question] = []
     missing: dict[str, str] = {}
     for site, choices in offer.choices.items():
@@ -106,6 +110,14 @@ def ask(
                 least = min([seconds, *(o.seconds for o in options)])
                 if gains_only and after > least - _LEAST_STEP * whole:  # 52 of 64 channels that cost as much as 64
                     missing.setdefault(site.key, "no smaller width is predicted faster here")
+                else:
+                    options.append(Option(choice, after))
+                continue
+            if choice.becomes:
+                after = seconds + redrawing(site, choice)
+                more = _SMALLER_MAY_COST * whole if choice.bytes_saved > 0 else -_LEAST_STEP * whole
+                if gains_only and after > seconds + more:
+                    missing.setdefault(site.key, f"{choice.name} is predicted slower here, and no other choice faster")
                 else:
                     options.append(Option(choice, after))
                 continue
@@ -157,6 +169,23 @@ class _Resizing:
         large = len(self._view.nodes()) > _LARGE
         shapes = {name: tuple(shape) for name, shape in changes.items()}
         return self._costing.reshaped(shapes, same_structure=large).cost().seconds
+
+
+class _Redrawing:
+    """Seconds that nodes of a site take more, or less, when others take their place."""
+
+    def __init__(self, view: GraphView, here: CostModel, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._view, self._here, self._shapes = view, here, shapes
+        self._before: dict[Site, float] = {}
+
+    def __call__(self, site: Site, choice: Choice) -> float:
+        if site not in self._before:
+            self._before[site] = self._seconds([redrawn(self._view.node(name)) for name in site.nodes])
+        return self._seconds(choice.becomes) - self._before[site]
+
+    def _seconds(self, drawing: Sequence[Drawn]) -> float:
+        model, shapes = drawn_model(drawing, self._view, self._shapes)
+        return self._here.part(GraphView(model), shapes)
 
 
 def _integer(options: Sequence[Option]) -> tuple[Option, ...]:

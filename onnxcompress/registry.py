@@ -42,7 +42,7 @@ def _entries() -> Mapping[str, EntryPoint]:
 def available() -> dict[str, type[Pass]]:
     """Every installed pass by name, in order of stage and name."""
     passes = {name: load_pass(name) for name in _entries()}
-    return dict(sorted(passes.items(), key=lambda item: (item[1].stage, item[1].rank, item[0])))
+    return dict(sorted(passes.items(), key=lambda item: (item[1].stage, item[1].place, item[0])))
 
 
 @cache

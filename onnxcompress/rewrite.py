@@ -341,6 +341,12 @@ class Rewriter:
             self._take_over_output(old, new)
         self._note("replace value", f"{old.name} -> {new.name}")
 
+    def sort(self) -> None:
+        """Puts the nodes of all graphs in an order in which everything is made before it is read."""
+        for graph in all_graphs(self._model):
+            graph.sort()
+        self._note("sort", "nodes")
+
     def rename(self, value: ir.Value, name: str) -> None:
         """Gives a value a wanted name, or that name with a number if it is taken."""
         value.name = self.fresh(name)

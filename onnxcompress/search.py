@@ -9,7 +9,7 @@ because they are what the limit buys back at the least cost.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
@@ -77,6 +77,7 @@ class Search:
         check: runs a candidate on held-out data.
         samples: to price terms on, at first.
         by_noise: ``check`` holds plans against ``noise``; if not, against a metric, and noise only ranks plans.
+        relative: how large a term is among others of its kind, see :meth:`Pass.relative`.
         whole: seconds of the whole model before; sites may share nodes, so theirs do not add up to it.
         settle: makes a candidate up for what the pass did to it; returns it, or a better one.
         prices: what has been measured.
@@ -96,12 +97,14 @@ class Search:
     samples: int = 1
     by_noise: bool = True
     settle: Callable[[ir.Model], ir.Model] = lambda model: model
+    relative: Callable[[Term, Evidence], tuple[Hashable, float] | None] = lambda term, evidence: None
     whole: float = 0.0
 
     def __post_init__(self) -> None:
         self.prices: dict[Term, float] = {}
         self.impossible: dict[Term, str] = {}
         self.attempts: list[Attempt] = []
+        self._measured: dict[Hashable, tuple[float, float]] = {}  # size and price of the one term of each kind
         self.failed: list[tuple[float, float]] = []  # summed prices and real noise of plans that failed
         self.held: list[tuple[float, float]] = []  # and of those that did not
         self.free = self._solve(None) or _NO_PLAN  # noise is no limit here, so there is one
@@ -223,15 +226,48 @@ class Search:
         new = sorted(_terms(plan) - known, key=lambda t: (t.kind, t.subject))
         if not new:
             return False
-        found = self.price(new, self.gather(tuple(plan.choices.values())), self.samples)
-        self.prices.update({t: p for t, p in found.terms.items() if math.isfinite(p)})
-        self.impossible.update({t: _ENDLESS for t, p in found.terms.items() if not math.isfinite(p)})
-        self.impossible.update(found.impossible)
+        evidence = self.gather(tuple(plan.choices.values()))
+        sizes = {t: found for t in new if (found := self.relative(t, evidence)) is not None}
+        self._measure_kinds(sizes, evidence)
+        self._price_all([t for t in new if t not in sizes], evidence)
+        for term, (key, size) in sizes.items():
+            if key in self._measured:
+                known_size, price = self._measured[key]
+                self.prices[term] = price * size / known_size
+            elif term not in self.prices and term not in self.impossible:
+                self._price_all([term], evidence)
         self.questions = [
             replace(q, options=tuple(o for o in q.options if not self.impossible.keys() & set(o.choice.terms)))
             for q in self.questions
         ]
         return True
+
+    def _price_all(self, terms: Sequence[Term], evidence: Evidence) -> None:
+        if not terms:
+            return
+        found = self.price(terms, evidence, self.samples)
+        self.prices.update({t: p for t, p in found.terms.items() if math.isfinite(p)})
+        self.impossible.update({t: _ENDLESS for t, p in found.terms.items() if not math.isfinite(p)})
+        self.impossible.update(found.impossible)
+
+    def _measure_kinds(self, sizes: Mapping[Term, tuple[Hashable, float]], evidence: Evidence) -> None:
+        """Measures one term of every kind that none was measured of: where there is a ladder, from its middle.
+
+        A weak one is lost in rounding, and a strong one leaves so little of the output that it cannot grow.
+        """
+        chosen: dict[Hashable, tuple[Term, float]] = {}
+        for term, (key, size) in sizes.items():
+            if key in self._measured or key in chosen:
+                continue
+            ladder = next((q.options for q in self.questions if any(term in o.choice.terms for o in q.options)), ())
+            middle = ladder[len(ladder) // 2].choice.terms[0] if ladder else term
+            other = self.relative(middle, evidence)
+            chosen[key] = (middle, other[1]) if other is not None and other[0] == key else (term, size)
+        self._price_all([term for term, _ in chosen.values()], evidence)
+        for key, (term, size) in chosen.items():
+            price = self.prices.get(term, 0.0)
+            if size > 0 and price > 0:
+                self._measured[key] = size, price
 
     def _priced(self, plan: Plan, checked: Checked) -> Plan:
         """A plan that failed, with its price; on more samples where few did not show what it does.
@@ -243,6 +279,7 @@ class Search:
         if 10 ** (-checked.min_sqnr_db / 10) > _FAR_OFF * self._price(plan) and self.samples < _MANY:
             self.samples = _MANY
             self.prices.clear()
+            self._measured.clear()
             self._measure(plan)
         return replace(plan, price=self._price(plan))
 

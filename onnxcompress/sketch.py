@@ -20,7 +20,7 @@ from onnxcompress.model import inferred_types
 from onnxcompress.rewrite import Attribute, Rewriter
 from onnxcompress.view import GraphView
 
-__all__ = ["Drawn", "Slot", "draw", "drawn_model", "slots"]
+__all__ = ["Drawn", "Slot", "draw", "drawn_model", "redrawn", "slots", "what_makes"]
 
 AttributeValue = int | float | str | tuple[int, ...] | tuple[float, ...] | tuple[str, ...]
 
@@ -56,6 +56,35 @@ class Drawn:
     attributes: tuple[tuple[str, AttributeValue], ...] = ()
 
 
+def redrawn(node: ir.Node) -> Drawn:
+    """A node of a model as a drawing.
+
+    Raises:
+        RewriteError: it has a body, or an attribute that is a tensor.
+    """
+    attributes: list[tuple[str, AttributeValue]] = []
+    for name, attribute in node.attributes.items():
+        value = attribute.value
+        if isinstance(value, (int, float, str)):
+            attributes.append((name, value))
+        elif isinstance(value, Sequence):
+            attributes.append((name, tuple(value)))
+        else:
+            raise RewriteError(f"{node.name!r} cannot be drawn: attribute {name!r} is {attribute.type.name}")
+    inputs = tuple(None if v is None else str(v.name) for v in node.inputs)
+    return Drawn(node.op_type, inputs, tuple(str(v.name or "") for v in node.outputs), tuple(attributes))
+
+
+def what_makes(drawing: Sequence[Drawn], output: str) -> tuple[Drawn, ...]:
+    """The nodes of a drawing that one output needs."""
+    wanted, found = {output}, []
+    for node in reversed(drawing):
+        if wanted & set(node.outputs):
+            found.append(node)
+            wanted.update(i for i in node.inputs if isinstance(i, str))
+    return tuple(reversed(found))
+
+
 def slots(drawing: Sequence[Drawn]) -> tuple[Slot, ...]:
     """The weights of a drawing, in the order they are read, each once."""
     return tuple(dict.fromkeys(i for node in drawing for i in node.inputs if isinstance(i, Slot)))
@@ -68,6 +97,8 @@ def draw(
     *,
     after: ir.Node,
     prefix: str,
+    values: Mapping[str, ir.Value] | None = None,
+    constants: dict[Slot, ir.Value] | None = None,
 ) -> dict[str, ir.Value]:
     """Writes a drawing into a model; what it is to replace stays, for the caller to take out.
 
@@ -77,6 +108,8 @@ def draw(
         weights: one array for every slot.
         after: node behind which the new ones go; what they read is made before it.
         prefix: of the names of new nodes and weights.
+        values: what names in the drawing stand for, where that is not the value of this name.
+        constants: weights written already, which are used again; those written now are added.
 
     Returns:
         The new outputs by the names they have in the drawing.
@@ -89,7 +122,8 @@ def draw(
             found = tuple(weights[slot].shape) if slot in weights else None
             raise RewriteError(f"{prefix}: weight {slot.name!r} has to be of shape {slot.shape} and is {found}")
     made: dict[str, ir.Value] = {}
-    constants: dict[Slot, ir.Value] = {}
+    constants = {} if constants is None else constants
+    known = {} if values is None else values
     anchor = after
     for node in drawing:
         inputs: list[ir.Value | None] = []
@@ -100,7 +134,7 @@ def draw(
                     constants[read] = rewriter.constant(array, f"{prefix}_{read.name}", like=after)
                 inputs.append(constants[read])
             else:
-                inputs.append(None if read is None else made[read] if read in made else rewriter.value(read))
+                inputs.append(None if read is None else made.get(read) or known.get(read) or rewriter.value(read))
         attributes: dict[str, Attribute] = {**dict[str, Attribute](node.attributes)}
         outputs = rewriter.insert(
             node.op, inputs, attributes, after=anchor, name=f"{prefix}_{node.op}",

@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 from weakref import ref
 
 import numpy as np
@@ -71,7 +71,10 @@ class Form(ABC):
         name: of the form, short: "svd", "spatial", "tucker".
         nodes: names of the nodes it takes the place of; the first is the layer's.
         old_weights: how many weights the layer has.
+        stored: only the file has the factors: they are multiplied when the model is loaded.
     """
+
+    stored: ClassVar[bool] = False
 
     name: str
     nodes: tuple[str, ...]

@@ -6,7 +6,7 @@ Symmetric weights: w ~ s q with q in [-Q, Q], Q = 2^(bits-1) - 1, one s per outp
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ __all__ = [
     "channel_axes",
     "fused_activation",
     "gate",
+    "gate_on_top",
     "keep_calibrated_name",
     "quantize_tensor",
     "quantize_weight",
@@ -45,6 +46,7 @@ _WEIGHTS: dict[str, tuple[int, ...]] = {
     "Gather": (0,),
 }
 _CALIBRATED = "onnxcompress.int8.calibrated_name"
+_GATED = "onnxcompress.gated"
 _FUSED = ("Relu", "Clip")
 _BEFORE_FUSED = ("Conv", "Gemm", "Add")
 
@@ -206,6 +208,24 @@ def gate(
     keep_calibrated_name(mixed, value)
     rewriter.replace_uses(value, mixed, only=only, keep=[*nodes, *_identities(value)])
     return mixed
+
+
+def gate_on_top(
+    rewriter: Rewriter, value: ir.Value, switch: ir.Value, make: Callable[[ir.Value, str], ir.Value]
+) -> None:
+    """A gate on what a node makes, behind the gates that are there already.
+
+    Args:
+        rewriter: of the model.
+        value: output of a node.
+        switch: boolean scalar.
+        make: adds nodes behind what is read now, of which it gets the calibrated name, too, and returns what is to be
+            read instead.
+    """
+    top = rewriter.find(str(value.meta.get(_GATED, value.name))) or value
+    edits = len(rewriter.log)
+    distorted = make(top, calibrated_name(top))
+    value.meta[_GATED] = gate(rewriter, top, distorted, switch, edits).name
 
 
 def _identities(value: ir.Value) -> list[ir.Node]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,7 @@ from threadpoolctl import threadpool_limits
 from onnxcompress.coupling import Axis, Coupling, Group, Reader, remove
 from onnxcompress.coupling.removal import kept_positions
 from onnxcompress.passes._constant_sum import absorb
-from onnxcompress.passes._int8 import gate
+from onnxcompress.passes._int8 import gate_on_top
 from onnxcompress.passes._readers import bias_place, linears, need_of
 from onnxcompress.passes._refit import refit, refit_with_bias
 from onnxcompress.rewrite import Rewriter
@@ -20,8 +21,6 @@ from onnxcompress.statistics import Evidence, Need
 from onnxcompress.view import GraphView
 
 __all__ = ["behind_switch", "can_simulate", "cut_down", "needs"]
-
-_GATED = "onnxcompress.gated"
 
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
@@ -161,26 +160,29 @@ def behind_switch(
         node = rewriter.node(name)
         shifts: list[Array] = []
         inputs = list(node.inputs)
-        edits = len(rewriter.log)
         for reader in readers:
             with threadpool_limits(1, "blas"):
                 array, shift = refitted(node, reader, kept[reader.weight], evidence, ridge)
             inputs[reader.index] = rewriter.constant(array, f"{name}_pruned", like=node)
             if shift is not None:
                 shifts.append(shift)
-        last = node.outputs[0]
-        gated = rewriter.find(str(last.meta.get(_GATED, last.name))) or last  # behind the switches of other cuts
-        outputs = len(node.outputs)
-        made = rewriter.insert(
-            node.op_type, inputs, dict(node.attributes.items()), after=gated, domain=node.domain,
-            outputs=outputs, dtype=last.dtype, shape=last.shape,
-        )  # fmt: skip
-        new = made[0]
-        if shifts:
-            total = np.asarray(np.sum(shifts, axis=0), np.float32)
-            rank = array.ndim
-            spread = total if node.op_type in ("MatMul", "Gemm") else total.reshape(-1, *(1,) * (rank - 2))
-            constant = rewriter.constant(spread, f"{name}_shift", like=node)
-            maker = new.producer()
-            (new,) = rewriter.insert("Add", [new, constant], after=maker, dtype=last.dtype, shape=last.shape)
-        last.meta[_GATED] = gate(rewriter, gated, new, switch, edits).name
+        copy = partial(_copy, rewriter, node, inputs, sum(shifts[1:], shifts[0]) if shifts else None)
+        gate_on_top(rewriter, node.outputs[0], switch, copy)
+
+
+def _copy(
+    rewriter: Rewriter, node: ir.Node, inputs: Sequence[ir.Value | None], shift: Array | None, top: ir.Value, _: str
+) -> ir.Value:
+    """A node like another, with these inputs and something added to its output, behind ``top``."""
+    last = node.outputs[0]
+    new = rewriter.insert(
+        node.op_type, inputs, dict(node.attributes.items()), after=top, domain=node.domain,
+        outputs=len(node.outputs), dtype=last.dtype, shape=last.shape,
+    )[0]  # fmt: skip
+    if shift is None:
+        return new
+    wide = node.op_type in ("MatMul", "Gemm")
+    dims = 0 if wide or inputs[1] is None or inputs[1].const_value is None else len(inputs[1].const_value.shape) - 2
+    total = np.asarray(shift, np.float32).reshape(-1, *(1,) * dims)
+    constant = rewriter.constant(total, f"{node.name}_shift", like=node)
+    return rewriter.insert("Add", [new, constant], after=new.producer(), dtype=last.dtype, shape=last.shape)[0]

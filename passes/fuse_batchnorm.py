@@ -41,7 +41,7 @@ class FuseBatchNorm(Pass):
 
     name: ClassVar[str] = "fuse_batchnorm"
     stage: ClassVar[Stage] = Stage.NORMALISE
-    rank: ClassVar[int] = 3
+    place: ClassVar[int] = 3
     ops: ClassVar[tuple[str, ...]] = (*AFFINE, "Pad")
     lossless: ClassVar[bool] = True
 

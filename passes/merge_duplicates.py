@@ -43,7 +43,7 @@ class MergeDuplicates(Pass):
 
     name: ClassVar[str] = "merge_duplicates"
     stage: ClassVar[Stage] = Stage.NORMALISE
-    rank: ClassVar[int] = 4
+    place: ClassVar[int] = 4
     lossless: ClassVar[bool] = True
 
     def sites(self, view: GraphView) -> Iterable[Site | Skipped]:

@@ -95,7 +95,7 @@ class PruneChannels(Pass):
 
     name: ClassVar[str] = "prune_channels"
     stage: ClassVar[Stage] = Stage.PRUNE
-    rank: ClassVar[int] = 1
+    place: ClassVar[int] = 1
 
     ratio: float | None = None
     groups: tuple[str, ...] = ()

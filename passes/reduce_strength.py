@@ -35,7 +35,7 @@ class ReduceStrength(Pass):
 
     name: ClassVar[str] = "reduce_strength"
     stage: ClassVar[Stage] = Stage.NORMALISE
-    rank: ClassVar[int] = 2
+    place: ClassVar[int] = 2
     lossless: ClassVar[bool] = True
     ops: ClassVar[tuple[str, ...]] = ("Div", "Mul")
 

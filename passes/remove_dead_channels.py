@@ -55,7 +55,7 @@ class RemoveDeadChannels(Pass):
 
     name: ClassVar[str] = "remove_dead_channels"
     stage: ClassVar[Stage] = Stage.NORMALISE
-    rank: ClassVar[int] = 6
+    place: ClassVar[int] = 6
     lossless: ClassVar[bool] = True
     resizes: ClassVar[bool] = True
 

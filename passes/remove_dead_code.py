@@ -32,7 +32,7 @@ class RemoveDeadCode(Pass):
 
     name: ClassVar[str] = "remove_dead_code"
     stage: ClassVar[Stage] = Stage.NORMALISE
-    rank: ClassVar[int] = 5
+    place: ClassVar[int] = 5
     lossless: ClassVar[bool] = True
 
     def sites(self, view: GraphView) -> Iterable[Site | Skipped]:

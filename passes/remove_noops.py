@@ -51,7 +51,7 @@ class RemoveNoOps(Pass):
 
     name: ClassVar[str] = "remove_noops"
     stage: ClassVar[Stage] = Stage.NORMALISE
-    rank: ClassVar[int] = 1
+    place: ClassVar[int] = 1
     lossless: ClassVar[bool] = True
 
     def sites(self, view: GraphView) -> Iterable[Site | Skipped]:

@@ -1,0 +1,406 @@
+"""Low-rank factorization: a layer becomes two or three smaller ones, really smaller in the file and in the kernel.
+
+    y = W x + b   ->   y = U (V x) + b'        V (r, n), U (m, r),  r (m + n) < m n
+
+The factors are those that lose least of the layer's *output* on what calibration saw of its input, in closed form
+(:mod:`~onnxcompress.passes._low_rank`); a bias takes up the mean of what is lost. Where a layer is a convolution,
+several forms compete; a value that several products read may go through one V for all of them; an LSTM or GRU gets its
+input matrix factored, an embedding table becomes a narrower table and a product.
+
+    _product_forms      MatMul, Gemm: svd, joint
+    _conv_forms         Conv: channel (svd of 1 x 1), input, spatial, tucker, cp
+    _recurrent_forms    LSTM, GRU, RNN: input, recurrent (in the file only)
+    _table_forms        Gather from a table, tied heads included: table
+
+A rank is a choice where the profile says that it is faster, or smaller and not slower. Last, what stands second in
+every pair is refitted in sequence (:mod:`~onnxcompress.passes._sequence`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import partial
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+from threadpoolctl import threadpool_limits
+
+from onnxcompress.base import Choice, Pass, Site, Skip, Skipped, Stage, Term
+from onnxcompress.errors import PassOptionError, suggest
+from onnxcompress.passes._constant_sum import absorb
+from onnxcompress.passes._forms import Factors, Form, Ranks, Settings
+from onnxcompress.passes._int8 import calibrated_name, gate_on_top
+from onnxcompress.passes._product_forms import joint_forms, product_forms
+from onnxcompress.passes._readers import bias_place
+from onnxcompress.rewrite import Rewriter
+from onnxcompress.sketch import Drawn, Slot, draw, what_makes
+from onnxcompress.statistics import Evidence, Need
+from onnxcompress.target import Target
+from onnxcompress.view import GraphView
+
+__all__ = ["Factorize", "Method"]
+
+_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.125)
+"""Shares of a layer's weights worth trying to keep."""
+_LEAST_WEIGHTS = 4096
+"""Layers with fewer are left alone: nodes cost more than they save."""
+_STEPS = 4
+"""A layer has at least so many ranks to choose from; steps are halved until it has."""
+
+FORMS: Mapping[str, Callable[[ir.Node, GraphView], tuple[Form, ...]]] = {
+    "MatMul": product_forms,
+    "Gemm": product_forms,
+}
+"""What makes the forms of an operator type."""
+NAMES = ("svd", "joint")
+
+
+class Method(StrEnum):
+    """What factors are measured by."""
+
+    ACTIVATION = "activation"
+    """What calibration saw: the error of the layer's output."""
+    PLAIN = "plain"
+    """The weights alone: the truncated singular value decomposition."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """One form of one layer at one rank.
+
+    Attributes:
+        form: which.
+        ranks: at which.
+        energy: the rank is the smallest that keeps this share of the output's energy; ``ranks`` are the largest.
+    """
+
+    form: Form
+    ranks: Ranks
+    energy: float | None = None
+
+
+@dataclass(frozen=True, order=True)
+class _Loss(Term):
+    """What a cut loses."""
+
+    cut: Cut | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Factorize(Pass):
+    """Writes layers as products of smaller ones (low rank), fitted to what they really read.
+
+    Without rank, ranks, keep or energy the planner chooses layers, forms and ranks.
+
+    Attributes:
+        rank: of every layer, as far as it saves weights there.
+        ranks: of single layers, as ``node=32``; others are left alone unless ``rank`` or ``keep`` is given, too.
+        keep: share of each layer's weights to keep.
+        energy: share of the energy of each layer's output to keep, at the smallest rank that does.
+        layers: only these nodes; all by default.
+        forms: only these; all that fit by default.
+        method: what factors are measured by.
+        recover: refit what stands second in every pair, in sequence, to what the original gives there.
+        multiple: ranks are multiples of this; by default of what the profile says.
+        ridge: weight of what calibration did not see, relative to the mean of what it saw.
+    """
+
+    name: ClassVar[str] = "factorize"
+    stage: ClassVar[Stage] = Stage.FACTORIZE
+
+    rank: int | None = None
+    ranks: tuple[str, ...] = ()
+    keep: float | None = None
+    energy: float | None = None
+    layers: tuple[str, ...] = ()
+    forms: tuple[str, ...] = ()
+    method: Method = Method.ACTIVATION
+    recover: bool = True
+    multiple: int | None = None
+    ridge: float = 1e-4
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "method", Method(self.method))  # a plain string will do
+        except ValueError:
+            raise PassOptionError(
+                f"factorize: method is {self.method!r}", hint=suggest(str(self.method), list(Method))
+            ) from None
+        if sum(o is not None for o in (self.rank, self.keep, self.energy)) > 1:
+            raise PassOptionError("factorize: more than one of rank, keep and energy is given", hint="choose one")
+        if self.rank is not None and self.rank < 1:
+            raise PassOptionError(f"factorize: rank is {self.rank}", hint="choose 1 or more")
+        for name, share in (("keep", self.keep), ("energy", self.energy)):
+            if share is not None and not 0 < share < 1:
+                raise PassOptionError(f"factorize: {name} is {share}", hint="choose it above 0 and below 1")
+        if self.multiple is not None and self.multiple < 1:
+            raise PassOptionError(f"factorize: multiple is {self.multiple}", hint="choose 1 or more")
+        if not 0 <= self.ridge < math.inf:
+            raise PassOptionError(f"factorize: ridge is {self.ridge}", hint="choose 0 or more")
+        for form in self.forms:
+            if form not in NAMES:
+                raise PassOptionError(f"factorize: there is no form {form!r}", hint=suggest(form, NAMES))
+        _ = self._named
+
+    @property
+    def planned(self) -> bool:
+        """A rank is the user's word; without one ranks are chosen where they pay."""
+        return self.rank is None and self.keep is None and self.energy is None and not self.ranks
+
+    @property
+    def _named(self) -> dict[str, int]:
+        """Ranks of single layers, by node.
+
+        Raises:
+            PassOptionError: one cannot be read.
+        """
+        found: dict[str, int] = {}
+        for text in self.ranks:
+            name, equals, number = text.rpartition("=")
+            if not equals or not name.strip() or not number.strip().isdigit() or int(number) < 1:
+                raise PassOptionError(f"factorize: cannot read rank {text!r}", hint="write node=rank, as fc1=32")
+            found[name.strip()] = int(number)
+        return found
+
+    @property
+    def _settings(self) -> Settings:
+        return Settings(self.method is Method.ACTIVATION, self.ridge)
+
+    # --- reading -----------------------------------------------------------------------------------
+
+    def sites(self, view: GraphView) -> Iterable[Site | Skipped]:
+        """Every layer with factors, and every value that several layers read.
+
+        Raises:
+            PassOptionError: a layer asked for by name is none that has factors.
+        """
+        if done := view.quantized_nodes:
+            yield Skipped(done[0], f"the model is already quantized ({done[0]!r} and {len(done) - 1} more nodes)")
+            return
+        found, refused = self._found(view)
+        wanted = {*self.layers, *self._named}
+        for name in sorted(wanted):
+            if not any(name == key or name in forms[0].nodes for key, forms in found.items()):
+                raise self._no_candidate(name, found, refused, view)
+        for name, reason in refused.items():
+            if not wanted or name in wanted:
+                yield Skipped(name, reason)
+        for key, forms in found.items():
+            if not wanted or wanted & {key, *forms[0].nodes}:
+                yield Site(key, forms[0].nodes)
+
+    def _no_candidate(
+        self, name: str, found: Collection[str], refused: Mapping[str, str], view: GraphView
+    ) -> PassOptionError:
+        reason = refused.get(name)
+        if reason is None and any(name == str(n.name) for n in view.nodes()):
+            reason = f"{view.node(name).op_type} has no low-rank form, or none of those asked for"
+        hint = "leave it out" if reason is not None else suggest(name, list(found))
+        return PassOptionError(f"factorize: layer {name!r}: {reason or 'there is no such node'}", hint=hint)
+
+    def _found(self, view: GraphView) -> tuple[dict[str, tuple[Form, ...]], dict[str, str]]:
+        """Forms by site, and why other nodes have none."""
+        return view.derive(("factors", self.forms, self.planned), lambda: self._look(view))
+
+    def _look(self, view: GraphView) -> tuple[dict[str, tuple[Form, ...]], dict[str, str]]:
+        found: dict[str, tuple[Form, ...]] = {}
+        refused: dict[str, str] = {}
+        for node in view.nodes(*FORMS):
+            name = str(node.name)
+            try:
+                forms = tuple(f for f in FORMS[node.op_type](node, view) if self._allows(f))
+                if not forms:
+                    raise Skip(f"it has no form among {', '.join(self.forms)}")
+                if forms[0].old_weights < _LEAST_WEIGHTS:
+                    raise Skip(f"it has {forms[0].old_weights} weights: too few to be worth more nodes")
+                if forms[0].nodes[0] == name:
+                    found[name] = forms
+            except Skip as skip:
+                refused[name] = skip.reason
+        if self.planned or "joint" in self.forms:
+            for form in joint_forms(view):
+                if self._allows(form):
+                    found[f"{' + '.join(form.nodes)}"] = (form,)
+        return found, refused
+
+    def _allows(self, form: Form) -> bool:
+        return not self.forms or form.name in self.forms
+
+    def choices(self, site: Site, view: GraphView, target: Target) -> list[Choice]:
+        forms = [f for f in self._found(view)[0][site.key] if target.folds_constants or not f.stored]
+        step = self._step(site, forms, target)
+        if self.planned:
+            cuts = [Cut(form, ranks) for form in forms for ranks in _rungs(form, step)]
+        else:
+            cuts = [self._by_hand(site, forms, step)]
+        cuts.sort(key=lambda cut: -cut.form.weights(cut.ranks))
+        return [self._choice(site, cut) for cut in cuts]
+
+    def _step(self, site: Site, forms: Sequence[Form], target: Target) -> int:
+        if self.multiple is not None:
+            return self.multiple
+        step = target.channel_multiple
+        while step > 1 and step * _STEPS > min((min(f.most) for f in forms), default=0):
+            step //= 2
+        return step
+
+    def _by_hand(self, site: Site, forms: Sequence[Form], step: int) -> Cut:
+        """The cut that the user's word leads to; of several forms the one with least weights, or lost of them."""
+        wanted = self._named.get(site.key, self.rank)
+        cuts: list[Cut] = []
+        for form in forms:
+            if wanted is not None:
+                if site.key in self._named and wanted > max(form.most):
+                    continue
+                ranks: Ranks | None = tuple(min(wanted, m) for m in form.most)
+            elif self.keep is not None:
+                ranks = form.at_share(self.keep, step)
+            elif self.energy is not None:
+                ranks = form.at_share(1.0, 1)
+            else:
+                raise Skip("no rank is given for it")
+            if ranks is not None and form.weights(ranks) < form.old_weights:
+                cuts.append(Cut(form, ranks, self.energy))
+        if cuts:
+            return min(cuts, key=lambda cut: cut.form.factors(cut.ranks, Evidence(), Settings(False)).lost)
+        most = max((max(f.most) for f in forms), default=0)
+        if wanted is not None and site.key in self._named:
+            problem = (
+                f"rank {wanted} is above {most}, the smaller side of its weight"
+                if wanted > most
+                else f"rank {wanted} has more weights than the layer itself"
+            )
+            raise PassOptionError(f"factorize: layer {site.key!r}: {problem}", hint="choose a smaller rank")
+        raise Skip("no rank that is asked for saves weights here")
+
+    def _choice(self, site: Site, cut: Cut) -> Choice:
+        form, ranks = cut.form, cut.ranks
+        size = "x".join(map(str, ranks))
+        name = f"{form.name} {size}" if cut.energy is None else f"{form.name}, {cut.energy:.4g} of the energy"
+        return Choice(
+            site,
+            name,
+            becomes=form.drawing(ranks),
+            removes=form.nodes if len(form.nodes) > 1 else (),
+            bytes_saved=4 * (form.old_weights - form.weights(ranks)),
+            terms=(_Loss("low_rank", f"{site.key}:{form.name}:{size}", cut),),
+            detail=cut,
+            calibrated=self.planned and bool(form.needs()),
+        )
+
+    def needs(self, choice: Choice, view: GraphView) -> Iterable[Need]:
+        return _cut(choice).form.needs() if self.method is Method.ACTIVATION else ()
+
+    # --- writing -----------------------------------------------------------------------------------
+
+    def apply(self, choice: Choice, rewriter: Rewriter, evidence: Evidence) -> None:
+        cut = _cut(choice)
+        form = cut.form
+        with threadpool_limits(1, "blas"):
+            ranks = self._ranks(cut, evidence)
+            factors = form.factors(ranks, evidence, self._settings)
+        nodes = [rewriter.node(name) for name in form.nodes]
+        values = {calibrated_name(v): v for node in nodes for v in node.inputs if v is not None}
+        drawing = form.drawing(ranks)
+        made = draw(rewriter, drawing, factors.weights, after=nodes[0], prefix=str(nodes[0].name), values=values)
+        for node in nodes:
+            results = [made[str(v.name)] for v in node.outputs if v.name]
+            rewriter.replace_node(node, *(made.get(str(v.name), v) for v in node.outputs))
+            for value in results:
+                self._shift(value, factors, rewriter)
+        if len(nodes) > 1:
+            rewriter.sort()
+
+    def _ranks(self, cut: Cut, evidence: Evidence) -> Ranks:
+        """Those of a cut; by energy the smallest that keep enough."""
+        if cut.energy is None:
+            return cut.ranks
+        rungs = [r for r in cut.form.ladder(1) if cut.form.weights(r) <= cut.form.weights(cut.ranks)]
+        low, high = 0, len(rungs) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if cut.form.factors(rungs[middle], evidence, self._settings).lost <= 1 - cut.energy:
+                high = middle
+            else:
+                low = middle + 1
+        if cut.form.factors(rungs[low], evidence, self._settings).lost > 1 - cut.energy:
+            raise Skip(f"no rank that saves weights keeps {cut.energy:.4g} of its output's energy")
+        return rungs[low]
+
+    def _shift(self, value: ir.Value, factors: Factors, rewriter: Rewriter) -> None:
+        shift = factors.shifts.get(str(value.name))
+        producer = value.producer()
+        place = None if shift is None or producer is None else bias_place(producer)
+        if shift is not None and place is not None:
+            absorb(rewriter, place, shift, -1)
+
+    def simulate(self, term: Term, rewriter: Rewriter, evidence: Evidence, target: Target, switch: ir.Value) -> bool:
+        cut = term.cut if isinstance(term, _Loss) else None
+        if cut is None:
+            return False
+        form = cut.form
+        with threadpool_limits(1, "blas"):
+            factors = form.factors(cut.ranks, evidence, self._settings)
+        drawing = form.drawing(cut.ranks)
+        constants: dict[Slot, ir.Value] = {}
+        for name in form.nodes:
+            node = rewriter.node(name)
+            values = {calibrated_name(v): v for v in node.inputs if v is not None}
+            low = partial(_low, rewriter, node, drawing, factors, values, constants)
+            for output in node.outputs:
+                if output.name and (output.uses() or output.is_graph_output()):
+                    gate_on_top(rewriter, output, switch, low)
+        return True
+
+    def relative(self, term: Term, evidence: Evidence) -> tuple[Hashable, float] | None:
+        cut = term.cut if isinstance(term, _Loss) else None
+        if cut is None:
+            return None
+        with threadpool_limits(1, "blas"):
+            return cut.form.nodes, cut.form.factors(cut.ranks, evidence, self._settings).lost
+
+
+def _rungs(form: Form, step: int) -> list[Ranks]:
+    """Ranks at shares of the weights, each once."""
+    found = (form.at_share(share, step) for share in _SHARES)
+    return list(dict.fromkeys(r for r in found if r is not None))
+
+
+def _low(
+    rewriter: Rewriter,
+    node: ir.Node,
+    drawing: Sequence[Drawn],
+    factors: Factors,
+    values: Mapping[str, ir.Value],
+    constants: dict[Slot, ir.Value],
+    top: ir.Value,
+    wanted: str,
+) -> ir.Value:
+    """What factors make of one output of a node, behind ``top``."""
+    prefix = f"{node.name}_low"
+    made = draw(
+        rewriter, what_makes(drawing, wanted), factors.weights, after=_producer(top), prefix=prefix, values=values,
+        constants=constants,
+    )  # fmt: skip
+    shift = factors.shifts.get(wanted)
+    if shift is None or not shift.any():
+        return made[wanted]
+    added = rewriter.constant(np.asarray(shift, np.float32), f"{prefix}_shift", like=node)
+    return rewriter.insert("Add", [made[wanted], added], after=_producer(made[wanted]), dtype=top.dtype)[0]
+
+
+def _producer(value: ir.Value) -> ir.Node:
+    producer = value.producer()
+    if producer is None:
+        raise Skip(f"{value.name!r} is made by no node")
+    return producer
+
+
+def _cut(choice: Choice) -> Cut:
+    if not isinstance(choice.detail, Cut):
+        raise PassOptionError(f"choice {choice.name!r} was not made by factorize")
+    return choice.detail
