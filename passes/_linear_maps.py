@@ -22,7 +22,7 @@ import onnx_ir as ir
 from onnxcompress.statistics import Evidence, Need, Patches, Statistic
 from onnxcompress.view import GraphView
 
-__all__ = ["LinearMap", "Moments", "linear_maps"]
+__all__ = ["LinearMap", "Moments", "linear_maps", "windows_of"]
 
 Array = npt.NDArray[np.float64]
 
@@ -166,7 +166,7 @@ def _convolution(node: ir.Node, index: int, shape: tuple[int, ...], view: GraphV
     name = _read(node.inputs[0], node, view)
     groups, taps = node.attributes.get_int("group", 1), math.prod(shape[2:])
     split = (groups, shape[0] // groups, shape[1], taps)
-    windows = _windows(node, shape[2:])
+    windows = windows_of(node, shape[2:])
     features = groups * shape[1]
     if windows is not None and taps > 1 and features * taps <= _FEATURES:
         gram, rows = _gram(name, features * taps, patches=windows), 1
@@ -175,7 +175,7 @@ def _convolution(node: ir.Node, index: int, shape: tuple[int, ...], view: GraphV
     return LinearMap(index, shape, split, (0, 1, 3, 2), rows, gram, _power(name, 1))
 
 
-def _windows(node: ir.Node, kernel: tuple[int, ...]) -> Patches | None:
+def windows_of(node: ir.Node, kernel: tuple[int, ...]) -> Patches | None:
     """The windows of a Conv; None where its padding depends on the input's size."""
     if node.attributes.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID") or not 1 <= len(kernel) <= 3:
         return None
