@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = [
+    "Added",
     "Attempt",
     "Budget",
     "Comparison",
@@ -92,6 +93,21 @@ class Latency:
 
 
 @dataclass(frozen=True)
+class Added:
+    """What one pass added to those before it.
+
+    Attributes:
+        predicted_ms: milliseconds its plan saves on the profile.
+        weight_bytes: bytes of weights it took off.
+        min_sqnr_db: worst output on held-out data once it was done, against the input model.
+    """
+
+    predicted_ms: float
+    weight_bytes: int
+    min_sqnr_db: float
+
+
+@dataclass(frozen=True)
 class PassReport:
     """One lossless or hand-chosen pass as a whole.
 
@@ -101,6 +117,7 @@ class PassReport:
         changed: how many sites it changed.
         outcome: "applied", "nothing to do" or "dropped".
         reason: why it was dropped, or what it did.
+        added: what it brought; None for lossless passes, and where nothing was changed.
     """
 
     name: str
@@ -108,6 +125,7 @@ class PassReport:
     changed: int
     outcome: str
     reason: str
+    added: Added | None = None
 
 
 @dataclass(frozen=True)

@@ -54,11 +54,19 @@ class Checked:
 
 @dataclass(frozen=True)
 class Found:
-    """The outcome: ``built`` is None if no plan was good enough, and ``problem`` says why."""
+    """The outcome.
+
+    Attributes:
+        built: None if no plan was good enough.
+        plan: that was built.
+        problem: why none was good enough.
+        min_sqnr_db: worst output on held-out data.
+    """
 
     built: Built | None
     plan: Plan
     problem: str
+    min_sqnr_db: float = math.inf
 
 
 @dataclass
@@ -111,7 +119,7 @@ class Search:
 
     def run(self) -> Found:
         """Searches; deterministic for the same inputs."""
-        best: tuple[Built, Plan] | None = None
+        best: tuple[Built, Plan, float] | None = None
         problem = ""
         plan: Plan | None
         plan, limit = self.free, math.inf
@@ -127,7 +135,8 @@ class Search:
             tried.add(key)
             built, checked = self._try(plan)
             if not checked.problem:
-                best = (built, plan) if best is None or self._seconds(plan) < self._seconds(best[1]) else best
+                if best is None or self._seconds(plan) < self._seconds(best[1]):
+                    best = built, plan, checked.min_sqnr_db
                 holds, real = limit, _power(checked)
                 if limit is math.inf or self._seconds(best[1]) <= _CLOSE * out_of_reach:
                     break
@@ -150,7 +159,7 @@ class Search:
             plan = self._solve(limit)
         if best is None:
             return Found(None, _NO_PLAN, problem)
-        return Found(best[0], replace(best[1], price=self._price(best[1])), "")
+        return Found(best[0], replace(best[1], price=self._price(best[1])), "", best[2])
 
     def by_hand(self) -> Found:
         """The user's word: the strongest possible choice at every site; checked all the same."""
@@ -166,7 +175,7 @@ class Search:
         built, checked = self._try(plan)
         if checked.problem:
             return Found(None, _NO_PLAN, checked.problem)
-        return Found(built, plan, "")
+        return Found(built, plan, "", checked.min_sqnr_db)
 
     def _could_differ(self, plan: Plan) -> bool:
         """Whether any site of a plan could stay as it is or take another option, so that prices are of use."""

@@ -54,6 +54,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "alone",
         "questions",
         "search forms",
+        "judge",
+        "turn",
         "job inspection emulated",
         "pipeline validation explanation prunable",
         "onnxcompress testing",
