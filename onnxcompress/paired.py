@@ -81,7 +81,7 @@ class _Part:
     def __init__(self, model: ir.Model, names: Collection[str], threads: int | None) -> None:
         inside = main_values(model)
         made = [n for n in inside if n in names]
-        self._runner = Runner(_making(model, made), threads=threads) if made else None
+        self._runner = Runner(_making(model, made), threads=threads, spinning=False) if made else None
         types = {} if self._runner is None else self._runner.types
         self._given = [str(v.name) for v in model.graph.inputs if v.name in names and v.dtype == ir.DataType.FLOAT]
         self._made = [n for n in made if types[n] == "tensor(float)"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import tracemalloc
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -179,9 +180,9 @@ def test_memory_does_not_grow_with_the_samples() -> None:
 def test_a_model_runs_only_as_far_as_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[ir.Model] = []
 
-    def runner(model: ir.Model, *, threads: int | None = None) -> Runner:
+    def runner(model: ir.Model, **options: Any) -> Runner:
         opened.append(model)
-        return Runner(model, threads=threads)
+        return Runner(model, **options)
 
     monkeypatch.setattr(paired, "Runner", runner)
     left, right = now(), then()
