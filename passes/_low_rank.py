@@ -30,7 +30,7 @@ from scipy.linalg import LinAlgError, cholesky, eigh, solve_triangular
 from onnxcompress.errors import PassError
 from onnxcompress.passes._refit import scale_of
 
-__all__ = ["Basis", "basis", "lost", "metric", "refitted_outputs"]
+__all__ = ["Basis", "basis", "lost", "metric", "refitted_outputs", "solved"]
 
 Array = npt.NDArray[np.float64]
 
@@ -125,13 +125,23 @@ def refitted_outputs(weight: npt.ArrayLike, composed: npt.ArrayLike, second: Arr
     """
     old, inner = np.asarray(weight, np.float64), np.asarray(composed, np.float64)
     seen = inner @ second
-    square = seen @ inner.T
+    return solved(seen @ inner.T, seen @ old.T)
+
+
+def solved(square: Array, cross: Array) -> Array:
+    """U of least squares, (outputs, rank), from what inner features z = Z x have in common.
+
+    Args:
+        square: E[z z'], (rank, rank).
+        cross: E[z y'], (rank, outputs).
+    """
+    square = np.array(square)
     square.flat[:: len(square) + 1] += _ROUNDING * scale_of(square)
     try:
         root = cholesky(square, lower=True)
     except LinAlgError:  # inner features that repeat one another
-        return np.asarray(seen @ old.T).T @ np.linalg.pinv(square, hermitian=True)
-    half = solve_triangular(root, seen @ old.T, lower=True)
+        return np.asarray(cross.T @ np.linalg.pinv(square, hermitian=True))
+    half = solve_triangular(root, cross, lower=True)
     return np.asarray(solve_triangular(root, half, trans="T", lower=True)).T
 
 
