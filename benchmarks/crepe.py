@@ -9,6 +9,7 @@ known truth, so it tells how much of the network's skill is left; it says nothin
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,7 @@ def load_calibration(count: int, model: str) -> Iterator[dict[str, Array]]:
 
 def evaluate(path: str, limit: int | None = None) -> dict[str, float]:
     """Raw pitch accuracy over all frames and by their noise."""
-    runner = session(path, threads=2)
+    runner = session(Path(path), threads=2)
     frames, pitches, ratios = tones(limit or EVALUATED, _EVALUATION)
     found = np.concatenate([heard_cents(runner.run(None, {"frames": part})[0]) for part in _batches(frames)])
     right = np.abs(found - pitches) <= RIGHT_CENTS

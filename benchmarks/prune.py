@@ -13,8 +13,6 @@ Every measured step runs in a process of its own: seconds and peak memory are of
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -28,17 +26,15 @@ if not __package__:
 from benchmarks import prune_curves as curves
 from benchmarks import prune_families as families
 from benchmarks.measure import run_worker
+from benchmarks.parts import Part, choose, floats, run_parts
 from benchmarks.printing import aligned, figure
 from benchmarks.tasks import TASKS, BenchmarkError, zoo_folder
-from benchmarks.zoo import Verdict, machine, note
+from benchmarks.zoo import Verdict, note
 
 # The issue's targets.
 NODES, COUPLING_SECONDS = 5000, 5.0
 _WIDTH, _DEPTH = "32", "44"  # a GPT of just over so many nodes
 PRUNING_SECONDS, PRUNING_MB = 120.0, 1500.0
-
-Part = Callable[[argparse.Namespace, dict[str, Any], Callable[[], None]], tuple[str, list[Verdict]]]
-"""Measures into the dict, saves after every step; returns its tables and verdicts."""
 
 
 def run_families(
@@ -179,15 +175,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "models": list(TASKS),
         "rivals": list(curves.RIVALS),
     }
-    for name, all_names in known.items():
-        chosen = [v for v in getattr(arguments, name).split(",") if v]
-        setattr(arguments, name, chosen)
-        if unknown := [v for v in chosen if v not in all_names]:
-            parser.error(f"--{name}: unknown {', '.join(unknown)}; there are {', '.join(all_names)}")
-    try:
-        arguments.ladder = [float(v) for v in arguments.ladder.split(",") if v]
-    except ValueError as error:
-        parser.error(f"--ladder takes numbers: {error}")
+    choose(parser, arguments, known)
+    floats(parser, arguments, "ladder")
     if arguments.keep:
         arguments.keep.mkdir(parents=True, exist_ok=True)
     return arguments
@@ -200,26 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.zoo = zoo_folder()
     except BenchmarkError:
         arguments.zoo = None
-    options = {k: v if isinstance(v, (int, float, list, dict)) else str(v) for k, v in vars(arguments).items()}
-    del options["zoo"]
-    result: dict[str, Any] = {"machine": machine(), "options": options}
-    load, verdicts, tables = os.getloadavg()[0], list[Verdict](), list[str]()
-
-    def save() -> None:
-        result["verdicts"] = [asdict(v) for v in verdicts]
-        if arguments.json:
-            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-
-    for part in arguments.parts:
-        table, found = PARTS[part](arguments, result, save)
-        verdicts += found
-        tables.append(table)
-        save()
-    print("\n\n".join(tables), end="\n\n")
-    if load > 0.3:
-        print(f"* the machine was busy when this began (load {load:.1f}): seconds and latency are worth less")
-    print("\n".join(map(str, verdicts)))
-    return int(any(v.met is False for v in verdicts))
+    return run_parts(PARTS, arguments)
 
 
 if __name__ == "__main__":

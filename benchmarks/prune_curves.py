@@ -18,6 +18,7 @@ from pathlib import Path
 
 from benchmarks.measure import run_worker
 from benchmarks.printing import figure
+from benchmarks.steps import RunWorker
 from benchmarks.tasks import TASKS
 from benchmarks.zoo import Verdict, note
 
@@ -82,12 +83,12 @@ def curve(name: str, arguments: Namespace, work: Path, save: Callable[[Sequence[
     scored: dict[str, Point] = {}
     for point in points:
         if (same := scored.get(point.file)) is None:
-            _judge(point, points[0], arguments)
+            judge(point, points[0], arguments.limit, arguments.timeout)
             scored[point.file] = point
         else:
             point.megabytes, point.score, point.score_ratio = same.megabytes, same.score, same.score_ratio
         save(points)
-    _time(points, arguments)
+    time_files(points, arguments.seconds, arguments.timeout)
     return points
 
 
@@ -136,16 +137,14 @@ def _made(point: Point, options: str, decibels: float, samples: int, arguments: 
     return point
 
 
-def _judge(point: Point, reference: Point, arguments: Namespace) -> None:
-    """Size and score."""
+def judge(point: Point, reference: Point, limit: int, timeout: float, run: RunWorker = run_worker) -> None:
+    """Size and score, on so many samples (0 for all)."""
     if point.error:
         return
     task = TASKS[point.model]
     point.megabytes = round(Path(point.file).stat().st_size / 1e6, 3)
     note(f"{point.model}: score of {point.candidate} {'' if point.decibels is None else f'{point.decibels:g} dB'}")
-    scored = run_worker(
-        "benchmarks.worker", "score", point.model, point.file, str(arguments.limit), timeout=arguments.timeout
-    )
+    scored = run("benchmarks.worker", "score", point.model, point.file, str(limit), timeout=timeout)
     point.error = scored.error
     if not point.error:
         point.score = float(scored.result[task.metrics[0]])
@@ -153,12 +152,12 @@ def _judge(point: Point, reference: Point, arguments: Namespace) -> None:
         point.score_ratio = round(task.ratio(point.score, base), 4) if point.score else 0.0
 
 
-def _time(points: Sequence[Point], arguments: Namespace) -> None:
+def time_files(points: Sequence[Point], seconds: float, timeout: float, run: RunWorker = run_worker) -> None:
     """Latency of all of them in one process; equal files once."""
     files = list(dict.fromkeys(p.file for p in points if not p.error))
     name = points[0].model
     note(f"{name}: latency of {len(files)} files")
-    timed = run_worker("benchmarks.worker", "latency", name, str(arguments.seconds), *files, timeout=arguments.timeout)
+    timed = run("benchmarks.worker", "latency", name, str(seconds), *files, timeout=timeout)
     if timed.error:
         points[0].error = f"latency: {timed.error}"
         return

@@ -9,12 +9,8 @@ couple WIDTH DEPTH
 from __future__ import annotations
 
 import json
-import logging
 import math
-import sys
 import time
-import traceback
-import warnings
 from bisect import bisect_left
 from collections.abc import Callable
 from functools import cache
@@ -24,10 +20,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from benchmarks.measure import write_result
-from benchmarks.producers import first_line
 from benchmarks.prune_families import examine
 from benchmarks.tasks import TASKS, Feed
+from benchmarks.worker import run_step
 from onnxcompress import Budget, Result, optimize, registry
 from onnxcompress import model as models
 from onnxcompress.calibrate import value_shapes
@@ -51,14 +46,18 @@ def family(name: str, onnxsim: str, samples: str, profile: str) -> dict[str, Any
 
 def prune(task: str, output: str, samples: str, profile: str, options: str, decibels: str) -> dict[str, Any]:
     """One pruned model; ``options`` are those of the pass, as on the command line."""
-    chosen = TASKS[task]
     result = _pruned(task, int(samples), profile, options, float(decibels), Path(output))
-    feed, sqnr = next(iter(chosen.feeds(1))), result.report.totals.comparison.min_sqnr_db
+    return summary(result, task, profile, PruneChannels.name)
+
+
+def summary(result: Result, task: str, profile: str, pass_name: str) -> dict[str, Any]:
+    """What the table of a curve says of a result."""
+    feed, sqnr = next(iter(TASKS[task].feeds(1))), result.report.totals.comparison.min_sqnr_db
     return {
         "predicted_ms": _predicted(result.model, feed, profile),
-        "fp32_predicted_ms": _predicted(models.load(chosen.path), feed, profile),
+        "fp32_predicted_ms": _predicted(models.load(TASKS[task].path), feed, profile),
         "sqnr_db": sqnr if math.isfinite(sqnr) else None,
-        "sites": sum(s.decision != "keep" and s.pass_name == PruneChannels.name for s in result.report.sites),
+        "sites": sum(s.decision != "keep" and s.pass_name == pass_name for s in result.report.sites),
         "outcome": result.report.outcome,
     }
 
@@ -101,10 +100,24 @@ def couple(width: str, depth: str) -> dict[str, Any]:
 
 
 def _pruned(task: str, samples: int, profile: str, options: str, decibels: float, output: Path | None) -> Result:
+    return rewritten(task, samples, profile, f"{PruneChannels.name}{{{options}}}", decibels, output)
+
+
+def rewritten(task: str, samples: int, profile: str, text: str, decibels: float, output: Path | None) -> Result:
+    """What one pass makes of a task's model.
+
+    Args:
+        task: its name.
+        samples: of calibration.
+        profile: hardware profile.
+        text: the pass with its options, as on the command line.
+        decibels: floor of the worst output.
+        output: the file to write.
+    """
     chosen = TASKS[task]
     return optimize(
         chosen.path,
-        passes=[registry.parse(f"{PruneChannels.name}{{{options}}}")],
+        passes=[registry.parse(text)],
         budget=Budget(min_sqnr_db=decibels),
         calibration=chosen.feeds(samples),
         profile=profile,
@@ -122,19 +135,5 @@ def _predicted(model: ir.Model, feed: Feed, profile: str) -> float:
 STEPS: dict[str, Callable[..., dict[str, Any]]] = {"family": family, "prune": prune, "match": match, "couple": couple}
 
 
-def main() -> int:
-    """Run the step named on the command line and hand its result back."""
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    step, *arguments = sys.argv[1:]
-    try:
-        write_result(STEPS[step](*arguments))
-    except Exception as error:  # a failed step is a row of the table
-        traceback.print_exc()
-        write_result({"error": first_line(error)})
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_step(STEPS))

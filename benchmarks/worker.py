@@ -12,7 +12,7 @@ import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +43,14 @@ def latency(task: str, seconds: str, *models: str) -> dict[str, Any]:
 STEPS: dict[str, Callable[..., dict[str, Any]]] = {"produce": produce, "score": score, "latency": latency}
 
 
-def main() -> int:
+def run_step(steps: Mapping[str, Callable[..., dict[str, Any]]]) -> int:
     """Run the step named on the command line and hand its result back."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     step, *arguments = sys.argv[1:]
     try:
-        write_result(STEPS[step](*arguments))
-    except Exception as error:  # whatever a rival raises becomes its row
+        write_result(steps[step](*arguments))
+    except Exception as error:  # a failed step, or whatever a rival raises, becomes a row
         traceback.print_exc()
         write_result({"error": first_line(error)})
         return 1
@@ -58,4 +58,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_step(STEPS))
