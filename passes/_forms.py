@@ -145,7 +145,11 @@ class _Latest:
     def get(self, form: Form, moments: SecondMoments | None, settings: Settings, make: Callable[[], T]) -> T:
         matrix = None if moments is None else moments.matrix
         same = self._form is not None and self._form() is form and self._settings == settings
-        if not same or (None if self._matrix is None else self._matrix()) is not matrix:
+        if matrix is None or self._matrix is None:  # moments that are gone by now are not the same as none
+            same = same and matrix is None and self._matrix is None
+        else:
+            same = same and self._matrix() is matrix
+        if not same:
             self._result = None
             self._result = make()
             self._form, self._settings = ref(form), settings
