@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +18,14 @@ from onnxcompress.errors import PassError
 from onnxcompress.passes._conv_layer import ConvLayer, Seen
 from onnxcompress.passes._forms import Factors, Form, Ranks, Settings
 from onnxcompress.sketch import Drawn, Slot
-from onnxcompress.statistics import Evidence, Need
+from onnxcompress.statistics import Evidence, Need, SecondMoments
 
 __all__ = ["ConvForm", "Link", "balanced", "pointwise", "root"]
 
 Array = npt.NDArray[np.float64]
+
+P = TypeVar("P")
+"""What a form works out once for all ranks."""
 
 _ORDINALS = ("first", "second", "third")
 
@@ -42,7 +46,7 @@ class Link:
 
 
 @dataclass(eq=False)
-class ConvForm(Form):
+class ConvForm(Form, Generic[P]):
     """A chain of convolutions in the place of one.
 
     Attributes:
@@ -56,7 +60,11 @@ class ConvForm(Form):
         """The chain, in the order it runs."""
 
     @abstractmethod
-    def group_factors(self, weight: Array, ranks: Ranks, seen: Seen) -> tuple[Array, ...]:
+    def prepared(self, weight: Array, seen: Seen) -> P:
+        """What serves all ranks of one group; ``weight`` is (outputs, channels, *kernel)."""
+
+    @abstractmethod
+    def group_factors(self, weight: Array, ranks: Ranks, seen: Seen, prepared: P) -> tuple[Array, ...]:
         """Weights of the links for one group: (outputs, channels, *kernel) each."""
 
     @abstractmethod
@@ -89,8 +97,10 @@ class ConvForm(Form):
                 f"node {self.layer.name!r} has no {self.name} form of rank {ranks}",
                 hint=f"give {len(self.most)} of 1 to {self.most}",
             )
-        old, seen = self.layer.weight(), self.layer.seen(evidence, settings)
-        parts = [self.group_factors(weight, ranks, of) for weight, of in zip(old, seen, strict=True)]
+        found = self.layer.moments(evidence, settings)
+        groups = self.remembered(found, settings, lambda: self._groups(found, settings))
+        old, seen = [weight for weight, _, _ in groups], [of for _, of, _ in groups]
+        parts = [self.group_factors(weight, ranks, of, prepared) for weight, of, prepared in groups]
         change = [weight - self.composed(part) for weight, part in zip(old, parts, strict=True)]
         energy = sum(of.energy(weight) for weight, of in zip(old, seen, strict=True))
         error = sum(of.energy(weight) for weight, of in zip(change, seen, strict=True))
@@ -108,6 +118,10 @@ class ConvForm(Form):
             ]
             weights[bias] = (begin + np.concatenate(shifts)).astype(np.float32)
         return Factors(weights, error / energy if energy > 0 else (0.0 if error == 0 else float("inf")))
+
+    def _groups(self, found: SecondMoments | None, settings: Settings) -> list[tuple[Array, Seen, P]]:
+        seen = self.layer.seen(found, settings)
+        return [(w, of, self.prepared(w, of)) for w, of in zip(self.layer.weight(), seen, strict=True)]
 
     def _slots(self, ranks: Ranks) -> tuple[Slot, ...]:
         links = self.links(ranks)

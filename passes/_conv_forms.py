@@ -7,15 +7,17 @@
     cp         1 C->r, k by channel, 1 r->O
 
 "channel" is at the closed-form optimum of ``_low_rank`` on what was seen of windows. For "input" and "spatial" W is a
-matrix, too, once axes are moved: rows (outputs, the axes V does not mix), columns those it mixes. Its best factors
+matrix, too: with rows (outputs, the axes that V does not mix) and columns those it mixes. Its best factors
 for a metric A (x) B (see ``_conv_layer``) are those of (W B^1/2) in the metric A; they are the optimum where only
 channels were seen or nothing at all. Where windows were seen, U is then fitted again on all of S, in closed form.
 """
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +28,7 @@ from onnxcompress.passes._conv_chain import ConvForm, Link, balanced, pointwise,
 from onnxcompress.passes._conv_layer import Seen, conv_layer
 from onnxcompress.passes._conv_tensor_forms import CpForm, TuckerForm
 from onnxcompress.passes._forms import Form, Ranks
-from onnxcompress.passes._low_rank import Basis, basis, refitted_outputs
+from onnxcompress.passes._low_rank import Basis, basis, solved
 from onnxcompress.view import GraphView
 
 __all__ = ["conv_forms"]
@@ -34,7 +36,7 @@ __all__ = ["conv_forms"]
 Array = npt.NDArray[np.float64]
 
 
-class ChannelForm(ConvForm):
+class ChannelForm(ConvForm[Basis]):
     """k x k to r channels a group, then 1 x 1."""
 
     @property
@@ -51,16 +53,18 @@ class ChannelForm(ConvForm):
             Link((layer.shape[0], rank, *ones), (), layer.groups),
         )
 
-    def group_factors(self, weight: Array, ranks: Ranks, seen: Seen) -> tuple[Array, ...]:
-        """The optimum."""
+    def prepared(self, weight: Array, seen: Seen) -> Basis:
+        """All directions."""
         rows = weight.reshape(len(weight), -1)
-        if rows.shape[0] <= rows.shape[1]:
-            # projections of W onto directions of y: nothing as large as features x features is needed
-            found = basis(np.eye(len(rows)), seen.outputs(weight))
-            best = Basis(found.left, found.right @ rows, found.energies)
-        else:
-            best = basis(rows, seen.windows())
-        left, right = best.cut(ranks[0])
+        if rows.shape[0] > rows.shape[1]:
+            return basis(rows, seen.windows())
+        # projections of W onto directions of y: nothing as large as features x features is needed
+        found = basis(np.eye(len(rows)), seen.outputs(weight))
+        return Basis(found.left, found.right @ rows, found.energies)
+
+    def group_factors(self, weight: Array, ranks: Ranks, seen: Seen, prepared: Basis) -> tuple[Array, ...]:
+        """The optimum."""
+        left, right = prepared.cut(ranks[0])
         return right.reshape(-1, *weight.shape[1:]), pointwise(left, weight.ndim - 2)
 
     def composed(self, factors: tuple[Array, ...]) -> Array:
@@ -69,65 +73,53 @@ class ChannelForm(ConvForm):
         return np.asarray(np.tensordot(last.reshape(len(last), -1), first, 1))
 
 
-class _Moved(ConvForm):
-    """Forms that are a matrix product once axes are moved: V mixes some axes of a window, U the others."""
+class _Unfolded(ConvForm[Basis]):
+    """Forms that are a matrix product: V mixes the first axes of (channels, *kernel), U the others."""
 
-    def mixed(self) -> tuple[int, ...]:
-        """Axes of (channels, *kernel) that V mixes."""
-        return (0,)
+    mixed: ClassVar[int] = 1
+    """How many axes V mixes."""
 
     @property
     def most(self) -> Ranks:
-        """The rank of W with its axes moved."""
+        """The rank of the unfolded W."""
         inner, outer = self._sizes()
         return (min(inner, self.layer.outputs * outer),)
 
-    def group_factors(self, weight: Array, ranks: Ranks, seen: Seen) -> tuple[Array, ...]:
+    def prepared(self, weight: Array, seen: Seen) -> Basis:
+        """All directions of W B^1/2 in the metric A."""
+        inner, outer = self._sizes()
+        mixing, apart = seen.split(self.mixed)
+        by_outer = weight.reshape(len(weight), inner, outer).swapaxes(1, 2)
+        return basis((root(apart)[0] @ by_outer).reshape(-1, inner), mixing)
+
+    def group_factors(self, weight: Array, ranks: Ranks, seen: Seen, prepared: Basis) -> tuple[Array, ...]:
         """The optimum for a product metric; then U once more where whole windows were seen."""
-        (inner, outer), order = self._sizes(), self._order()
-        moved = weight.transpose(0, *(1 + a for a in order)).reshape(len(weight), inner, outer).swapaxes(1, 2)
-        mixing, apart = seen.split(self.mixed())
-        seen_rows = (root(apart)[0] @ moved).reshape(-1, inner)
-        left, right = basis(seen_rows, mixing).cut(ranks[0])
+        _, outer = self._sizes()
+        left, right = prepared.cut(ranks[0])
         left = left.reshape(len(weight), outer, -1)
         if seen.windowed:
-            left = refitted_outputs(weight.reshape(len(weight), -1), self._spread(right), seen.windows())
-            left = left.reshape(len(weight), -1, outer).swapaxes(1, 2)
-            left, right = balanced(left, right, np.sqrt(np.einsum("ri,ij,rj->r", right, mixing, right, optimize=True)))
+            sizes = np.sqrt(np.sqrt(np.maximum(prepared.energies[: ranks[0]], 0.0)))  # of V x, evenly split
+            cross, square = seen.placed(right, seen.windows())
+            left = solved(square, cross @ weight.reshape(len(weight), -1).T)
+            left, right = balanced(left.reshape(len(weight), -1, outer).swapaxes(1, 2), right, sizes)
         return self._shaped(left, right)
 
     def composed(self, factors: tuple[Array, ...]) -> Array:
-        """U V with its axes where they were."""
+        """U V."""
         first, last = factors
         product = np.tensordot(last.reshape(*last.shape[:2], -1), first.reshape(len(first), -1), (1, 0))
-        order = self._order()
-        shape = tuple((self.layer.channels, *self.layer.kernel)[a] for a in order)
-        back = product.swapaxes(1, 2).reshape(len(last), *shape)
-        return np.asarray(back.transpose(0, *(1 + int(a) for a in np.argsort(order))))
-
-    def _spread(self, right: Array) -> Array:
-        """V at each place of the axes it does not mix: (rank x outer, features as stored)."""
-        _, outer = self._sizes()
-        shape = (self.layer.channels, *self.layer.kernel)
-        order = self._order()
-        placed = np.einsum("ri,jk->rjik", right, np.eye(outer)).reshape(-1, *(shape[a] for a in order))
-        return np.asarray(placed.transpose(0, *(1 + int(a) for a in np.argsort(order))).reshape(len(placed), -1))
+        return product.swapaxes(1, 2).reshape(len(last), self.layer.channels, *self.layer.kernel)
 
     @abstractmethod
     def _shaped(self, left: Array, right: Array) -> tuple[Array, ...]:
         """V and U as weights of convolutions, of (outputs, outer, rank) and (rank, inner)."""
 
-    def _order(self) -> tuple[int, ...]:
-        mixed = self.mixed()
-        return (*mixed, *(a for a in range(1 + len(self.layer.kernel)) if a not in mixed))
-
     def _sizes(self) -> tuple[int, int]:
-        shape, mixed = (self.layer.channels, *self.layer.kernel), self.mixed()
-        inner = int(np.prod([shape[a] for a in mixed]))
-        return inner, int(np.prod(shape)) // inner
+        shape = (self.layer.channels, *self.layer.kernel)
+        return math.prod(shape[: self.mixed]), math.prod(shape[self.mixed :])
 
 
-class InputForm(_Moved):
+class InputForm(_Unfolded):
     """1 x 1 to r channels a group, then k x k."""
 
     def links(self, ranks: Ranks) -> tuple[Link, ...]:
@@ -144,12 +136,10 @@ class InputForm(_Moved):
         return pointwise(right, len(kernel)), second
 
 
-class SpatialForm(_Moved):
+class SpatialForm(_Unfolded):
     """kh x 1 to r channels, then 1 x kw; one group, two dimensions."""
 
-    def mixed(self) -> tuple[int, ...]:
-        """Channels and rows."""
-        return (0, 1)
+    mixed: ClassVar[int] = 2
 
     def links(self, ranks: Ranks) -> tuple[Link, ...]:
         """Rows, then columns."""
@@ -173,7 +163,7 @@ def conv_forms(node: ir.Node, view: GraphView) -> tuple[Form, ...]:
     layer = conv_layer(node, view)
     if layer.channels == 1 and layer.groups > 1:
         raise Skip("depthwise: each output reads too few features to share any")
-    kinds: Sequence[tuple[str, type[ConvForm]]] = (("svd", ChannelForm),)
+    kinds: Sequence[tuple[str, type[ConvForm[Any]]]] = (("svd", ChannelForm),)
     if layer.taps > 1:
         kinds = [("channel", ChannelForm), ("input", InputForm)]
         if layer.groups == 1 and len(layer.kernel) == 2 and min(layer.kernel) > 1:

@@ -29,7 +29,7 @@ from onnxcompress.errors import PassError
 from onnxcompress.passes._forms import Settings
 from onnxcompress.passes._low_rank import metric
 from onnxcompress.sketch import Drawn, Slot
-from onnxcompress.statistics import Evidence, Need, Patches, Statistic
+from onnxcompress.statistics import Evidence, Need, Patches, SecondMoments, Statistic
 from onnxcompress.view import GraphView
 
 __all__ = ["ConvLayer", "Seen", "conv_layer"]
@@ -65,28 +65,39 @@ class Seen:
 
     def windows(self) -> Array:
         """Second moments of all features, regularized, (features, features)."""
-        return self.split(range(len(self.shape)))[0]
+        return self.split(len(self.shape))[0]
 
-    def split(self, mixed: Sequence[int]) -> tuple[Array, Array]:
-        """Metrics A over the mixed axes and B over the others, whose product comes near S; both regularized.
-
-        Args:
-            mixed: axes of ``shape``.
-        """
-        rest = [a for a in range(len(self.shape)) if a not in mixed]
-        inner, outer = (math.prod(self.shape[a] for a in axes) for axes in (mixed, rest))
+    def split(self, mixed: int) -> tuple[Array, Array]:
+        """Metrics A over the first so many axes and B over the others, whose product is near S; both regularized."""
+        inner, outer = math.prod(self.shape[:mixed]), math.prod(self.shape[mixed:])
         if self.matrix is None:
             return np.eye(inner), np.eye(outer)
-        if not self.windowed:  # the channels are the first of the mixed axes
+        if not self.windowed:
             channels = metric(self.matrix, self.shape[0], self.ridge)
             return np.asarray(np.kron(channels, np.eye(inner // self.shape[0]))), np.eye(outer)
-        order = [*mixed, *rest]
-        axes = [*order, *(a + len(self.shape) for a in order)]
-        blocks = self.matrix.reshape(*self.shape, *self.shape).transpose(axes).reshape(inner, outer, inner, outer)
+        if outer == 1:
+            return metric(self.matrix, inner, self.ridge), np.eye(1)
+        blocks = self.matrix.reshape(inner, outer, inner, outer)
         first = np.einsum("ajbj->ab", blocks) / outer
         size = float(np.vdot(first, first))
         second = np.einsum("ajbk,ab->jk", blocks, first, optimize=True) / (size if size > 0 else 1.0)
         return metric(first, inner, self.ridge), metric(second, outer, self.ridge)
+
+    def placed(self, first: Array, windows: Array) -> tuple[Array, Array]:
+        """E[z x'] and E[z z'] of z = Z x, for a Z that is V at each place of the axes it does not mix.
+
+        Args:
+            first: V, (rank, features of the first axes).
+            windows: S.
+
+        Returns:
+            (rank x outer, features) and (rank x outer, rank x outer).
+        """
+        rank, inner = first.shape
+        outer = len(windows) // inner
+        seen = (first @ windows.reshape(inner, -1)).reshape(rank * outer, inner, outer)
+        square = (seen.swapaxes(1, 2).reshape(-1, inner) @ first.T).reshape(rank * outer, outer, rank).swapaxes(1, 2)
+        return seen.reshape(rank * outer, -1), square.reshape(rank * outer, -1)
 
     def outputs(self, weight: Array) -> Array:
         """E[y y'] of a weight (outputs, channels, *kernel), with the regularized metric, (outputs, outputs)."""
@@ -95,8 +106,9 @@ class Seen:
             return np.asarray(rows @ self.windows() @ rows.T)
         if self.matrix is None:
             return np.asarray(rows @ rows.T)
-        by_tap = weight.reshape(*weight.shape[:2], -1).swapaxes(1, 2)
-        return np.asarray((by_tap @ self.split((0,))[0]).reshape(len(weight), -1) @ by_tap.reshape(len(weight), -1).T)
+        by_tap = self._by_tap(weight)
+        weighed = by_tap @ metric(self.matrix, self.shape[0], self.ridge)
+        return np.asarray(weighed.reshape(len(weight), -1) @ by_tap.reshape(len(weight), -1).T)
 
     def energy(self, weight: Array) -> float:
         """E|y|^2 of a weight (outputs, channels, *kernel), as seen."""
@@ -104,8 +116,12 @@ class Seen:
             return float(np.vdot(weight, weight))
         rows = weight.reshape(len(weight), -1)
         if not self.windowed:
-            rows = weight.reshape(*weight.shape[:2], -1).swapaxes(1, 2).reshape(-1, self.shape[0])
+            rows = self._by_tap(weight)
         return max(float(np.vdot(rows @ self.matrix, rows)), 0.0)
+
+    def _by_tap(self, weight: Array) -> Array:
+        """(outputs x taps, channels) of a weight (outputs, channels, *kernel)."""
+        return weight.reshape(*weight.shape[:2], -1).swapaxes(1, 2).reshape(-1, self.shape[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,18 +226,21 @@ class ConvLayer:
             )
         return found.reshape(self.groups, self.outputs, *self.shape[1:])
 
-    def seen(self, evidence: Evidence, settings: Settings) -> tuple[Seen, ...]:
-        """What each group reads; nothing known where it was not observed or is not asked for."""
-        shape = (self.channels, *self.kernel)
-        nothing = Seen(shape, None, None, settings.ridge)
+    def moments(self, evidence: Evidence, settings: Settings) -> SecondMoments | None:
+        """What was observed of what it reads; None where it was not, or is not asked for."""
         if not settings.aware or self.need is None or evidence.synthetic or not evidence.has(self.need):
-            return (nothing,) * self.groups
+            return None
         found = evidence.second_moments(self.need)
         width = self.channels * (self.taps if self.need.patches is not None else 1)
-        if len(found.mean) != self.groups * width:
-            return (nothing,) * self.groups
-        groups = []
-        for start in range(0, self.groups * width, width):
+        return found if len(found.mean) == self.groups * width else None
+
+    def seen(self, found: SecondMoments | None, settings: Settings) -> tuple[Seen, ...]:
+        """What each group reads."""
+        shape = (self.channels, *self.kernel)
+        if found is None:
+            return (Seen(shape, None, None, settings.ridge),) * self.groups
+        width, groups = len(found.mean) // self.groups, []
+        for start in range(0, len(found.mean), width):
             own = slice(start, start + width)
             matrix, mean = found.matrix[own, own], found.mean[own]
             if not self.bias_is_free:
