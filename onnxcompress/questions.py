@@ -251,6 +251,7 @@ def explain(
     view: GraphView,
     refused: Collection[Skipped],
     verdict: str,
+    told: Mapping[str, str] | None = None,
 ) -> tuple[SiteReport, ...]:
     """One line a site: what was done, or what speaks against it.
 
@@ -258,6 +259,7 @@ def explain(
         plan: the plan that was built.
         free_plan: what would have been chosen had distortion been free.
         verdict: why the pass as a whole was dropped; empty if it was not.
+        told: what the pass had to say of what it made.
     """
     ops = {str(n.name): n.op_type for n in view.nodes()}
     for question in questions:  # a key may be more than the name of a node
@@ -274,7 +276,7 @@ def explain(
                     key,
                     ops[key],
                     choice.name,
-                    "",
+                    (told or {}).get(key, ""),
                     1e3 * plan.gains.get(key, 0.0),
                     choice.bytes_saved,
                     _decibels(sum(prices.get(t, 0.0) for t in choice.terms)),

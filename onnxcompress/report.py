@@ -137,7 +137,7 @@ class SiteReport:
         key: name of its node.
         op: operator type of that node.
         decision: name of the choice made; "keep" if none.
-        reason: for "keep": what speaks against it.
+        reason: for "keep": what speaks against it; else what has to be known of how it was made, if anything.
         gain_ms: predicted milliseconds saved on the profile, conversions included where they are
             the site's own; negative where bytes were bought with time.
         bytes_saved: weight bytes off the file.

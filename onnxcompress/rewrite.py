@@ -47,6 +47,7 @@ class Rewriter:
     def __init__(self, model: ir.Model) -> None:
         self._model = model
         self._log: list[Edit] = []
+        self._told: dict[str, str] = {}
         self._names: set[str] = set()
         self._index()
 
@@ -69,6 +70,20 @@ class Rewriter:
     def log(self) -> tuple[Edit, ...]:
         """Every edit made, in order."""
         return tuple(self._log)
+
+    @property
+    def told(self) -> Mapping[str, str]:
+        """What passes had to say of what they made, by site."""
+        return dict(self._told)
+
+    def tell(self, key: str, text: str) -> None:
+        """Says something of the rewrite at a site that its choice could not know; the report shows it.
+
+        Args:
+            key: of the site.
+            text: one line; several are joined.
+        """
+        self._told[key] = "; ".join(filter(None, (self._told.get(key), text)))
 
     def view(self) -> GraphView:
         """A fresh view of the model as it is now; stale after the next edit."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
@@ -27,11 +27,19 @@ LOSSLESS_SAMPLES = 4
 
 @dataclass(frozen=True)
 class Built:
-    """A rewritten clone, which choices were made on it, and which turned out impossible."""
+    """A rewritten clone.
+
+    Attributes:
+        model: the clone.
+        made: choices made on it.
+        refused: those that turned out impossible.
+        told: what the pass had to say of those it made, by site.
+    """
 
     model: ir.Model
     made: tuple[Choice, ...]
     refused: tuple[Skipped, ...]
+    told: Mapping[str, str] = field(default_factory=dict)
 
 
 def build(model: ir.Model, pass_: Pass, choices: Iterable[Choice], evidence: Evidence) -> Built:
@@ -47,7 +55,7 @@ def build(model: ir.Model, pass_: Pass, choices: Iterable[Choice], evidence: Evi
     refused = pass_.apply_all(wanted, rewriter, evidence)
     rewriter.drop_unused_weights()
     made = tuple(c for c in wanted if c not in refused)
-    return Built(copy, made, tuple(Skipped(c.site.key, reason) for c, reason in refused.items()))
+    return Built(copy, made, tuple(Skipped(c.site.key, reason) for c, reason in refused.items()), rewriter.told)
 
 
 @dataclass(frozen=True)

@@ -223,6 +223,7 @@ class _Turn:
             self._view,
             found.built.refused if found.built is not None else (),
             found.problem if found.built is None else "",
+            found.built.told if found.built is not None else {},
         )
         saved = found.plan.seconds_before - found.plan.seconds
         result = found.built.model if found.built is not None else model

@@ -31,14 +31,16 @@ from threadpoolctl import threadpool_limits
 
 from onnxcompress.base import Choice, Pass, Site, Skip, Skipped, Stage, Term
 from onnxcompress.errors import PassOptionError, suggest
+from onnxcompress.passes import _sequence as sequence
 from onnxcompress.passes._constant_sum import absorb
+from onnxcompress.passes._conv_forms import conv_forms
 from onnxcompress.passes._forms import Factors, Form, Ranks, Settings
 from onnxcompress.passes._int8 import calibrated_name, gate_on_top
 from onnxcompress.passes._product_forms import joint_forms, product_forms
 from onnxcompress.passes._readers import bias_place
 from onnxcompress.rewrite import Rewriter
 from onnxcompress.sketch import Drawn, Slot, draw, what_makes
-from onnxcompress.statistics import Evidence, Need
+from onnxcompress.statistics import Evidence, Need, Pair
 from onnxcompress.target import Target
 from onnxcompress.view import GraphView
 
@@ -54,9 +56,14 @@ _STEPS = 4
 FORMS: Mapping[str, Callable[[ir.Node, GraphView], tuple[Form, ...]]] = {
     "MatMul": product_forms,
     "Gemm": product_forms,
+    "Conv": conv_forms,
 }
 """What makes the forms of an operator type."""
-NAMES = ("svd", "joint")
+NAMES = ("svd", "joint", "channel", "input", "spatial", "tucker", "cp")
+
+
+_ONLY_ASKED_FOR = ("cp",)
+"""Forms that lose least for their weights and run slowest for them: by hand only where they are named."""
 
 
 class Method(StrEnum):
@@ -217,14 +224,17 @@ class Factorize(Pass):
                     raise Skip(f"it has no form among {', '.join(self.forms)}")
                 if forms[0].old_weights < _LEAST_WEIGHTS:
                     raise Skip(f"it has {forms[0].old_weights} weights: too few to be worth more nodes")
+                if not _finite(node):
+                    raise Skip("its weight holds NaN or infinity")
                 if forms[0].nodes[0] == name:
                     found[name] = forms
             except Skip as skip:
                 refused[name] = skip.reason
-        if self.planned or "joint" in self.forms:
-            for form in joint_forms(view):
-                if self._allows(form):
-                    found[f"{' + '.join(form.nodes)}"] = (form,)
+        for form in joint_forms(view) if self.planned or "joint" in self.forms else ():
+            if self._allows(form) and all(_finite(view.node(name)) for name in form.nodes):
+                found[" + ".join(form.nodes)] = (form,)
+                for name in form.nodes:
+                    refused.pop(name, None)
         return found, refused
 
     def _allows(self, form: Form) -> bool:
@@ -253,6 +263,8 @@ class Factorize(Pass):
         wanted = self._named.get(site.key, self.rank)
         cuts: list[Cut] = []
         for form in forms:
+            if form.name in _ONLY_ASKED_FOR and form.name not in self.forms:
+                continue
             if wanted is not None:
                 if site.key in self._named and wanted > max(form.most):
                     continue
@@ -279,7 +291,7 @@ class Factorize(Pass):
 
     def _choice(self, site: Site, cut: Cut) -> Choice:
         form, ranks = cut.form, cut.ranks
-        size = "x".join(map(str, ranks))
+        size = _text(ranks)
         name = f"{form.name} {size}" if cut.energy is None else f"{form.name}, {cut.energy:.4g} of the energy"
         return Choice(
             site,
@@ -303,8 +315,13 @@ class Factorize(Pass):
         with threadpool_limits(1, "blas"):
             ranks = self._ranks(cut, evidence)
             factors = form.factors(ranks, evidence, self._settings)
+        if cut.energy is not None:
+            rewriter.tell(choice.site.key, f"rank {_text(ranks)} keeps {1 - factors.lost:.4g} of its output's energy")
+        if self.method is Method.ACTIVATION and (remark := _on_what(form, evidence)):
+            rewriter.tell(choice.site.key, remark)
         nodes = [rewriter.node(name) for name in form.nodes]
         values = {calibrated_name(v): v for node in nodes for v in node.inputs if v is not None}
+        read = [p for v in values.values() if (p := v.producer()) is not None]
         drawing = form.drawing(ranks)
         made = draw(rewriter, drawing, factors.weights, after=nodes[0], prefix=str(nodes[0].name), values=values)
         for node in nodes:
@@ -312,6 +329,8 @@ class Factorize(Pass):
             rewriter.replace_node(node, *(made.get(str(v.name), v) for v in node.outputs))
             for value in results:
                 self._shift(value, factors, rewriter)
+                sequence.note_factored(_producer(value), str(value.name))
+        rewriter.remove_unused(*read)
         if len(nodes) > 1:
             rewriter.sort()
 
@@ -356,12 +375,39 @@ class Factorize(Pass):
                     gate_on_top(rewriter, output, switch, low)
         return True
 
+    def settling(self, view: GraphView) -> Iterable[Collection[Need | Pair]]:
+        return sequence.rounds(view) if self.recover else ()
+
+    def settle(self, rewriter: Rewriter, before: Evidence, after: Evidence) -> None:
+        sequence.settle(rewriter, after)
+
     def relative(self, term: Term, evidence: Evidence) -> tuple[Hashable, float] | None:
         cut = term.cut if isinstance(term, _Loss) else None
         if cut is None:
             return None
         with threadpool_limits(1, "blas"):
             return cut.form.nodes, cut.form.factors(cut.ranks, evidence, self._settings).lost
+
+
+def _on_what(form: Form, evidence: Evidence) -> str:
+    """What has to be known of what factors were fitted to; empty where calibration saw enough."""
+    needs = form.needs()
+    seen = [evidence.second_moments(n) for n in needs if evidence.has(n)]
+    if evidence.synthetic or not seen:
+        return "plain: nothing was observed of what it reads"
+    few = [m for m in seen if m.count < len(m.mean)]
+    if not few:
+        return ""
+    return f"{few[0].count} rows were seen for {len(few[0].mean)} inputs: the rest counts evenly; use more samples"
+
+
+def _text(ranks: Ranks) -> str:
+    return "x".join(map(str, ranks))
+
+
+def _finite(node: ir.Node) -> bool:
+    tensors = (v.const_value for v in node.inputs if v is not None and v.is_initializer() and v.const_value is not None)
+    return all(np.isfinite(t.numpy()).all() for t in tensors if t.dtype == ir.DataType.FLOAT)
 
 
 def _rungs(form: Form, step: int) -> list[Ranks]:
