@@ -235,14 +235,16 @@ def solve(
 
 def _removals(program: _Program, picks: Sequence[tuple[int, Question, Option | None]]) -> None:
     """What a choice removes, no other changes."""
-    columns: dict[str, list[int]] = {}
+    columns: dict[str, dict[int, None]] = {}
     for column, question, option in picks:
-        if option is not None:
-            columns.setdefault(question.site.key, []).append(column)
+        for name in () if option is None else {question.site.key, *question.site.nodes}:
+            columns.setdefault(name, {})[column] = None
+    own = {column: question.site.key for column, question, _ in picks}
     for column, question, option in picks:
-        for name in () if option is None else option.choice.removes:
-            for other in columns.get(name, ()) if name != question.site.key else ():
-                program.constraint([(column, 1.0), (other, 1.0)], -np.inf, 1.0)
+        removed = () if option is None else option.choice.removes
+        others = {other for name in removed for other in columns.get(name, ())}
+        for other in sorted(o for o in others if own[o] != question.site.key):
+            program.constraint([(column, 1.0), (other, 1.0)], -np.inf, 1.0)
 
 
 def _conversions(

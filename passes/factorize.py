@@ -38,6 +38,8 @@ from onnxcompress.passes._forms import Factors, Form, Ranks, Settings
 from onnxcompress.passes._int8 import calibrated_name, gate_on_top
 from onnxcompress.passes._product_forms import joint_forms, product_forms
 from onnxcompress.passes._readers import bias_place
+from onnxcompress.passes._recurrent_forms import recurrent_forms
+from onnxcompress.passes._table_forms import table_forms
 from onnxcompress.rewrite import Rewriter
 from onnxcompress.sketch import Drawn, Slot, draw, what_makes
 from onnxcompress.statistics import Evidence, Need, Pair
@@ -57,13 +59,17 @@ FORMS: Mapping[str, Callable[[ir.Node, GraphView], tuple[Form, ...]]] = {
     "MatMul": product_forms,
     "Gemm": product_forms,
     "Conv": conv_forms,
+    "LSTM": recurrent_forms,
+    "GRU": recurrent_forms,
+    "RNN": recurrent_forms,
+    "Gather": table_forms,
 }
 """What makes the forms of an operator type."""
-NAMES = ("svd", "joint", "channel", "input", "spatial", "tucker", "cp")
+NAMES = ("svd", "joint", "channel", "input", "spatial", "tucker", "cp", "recurrent", "both", "table")
 
 
-_ONLY_ASKED_FOR = ("cp",)
-"""Forms that lose least for their weights and run slowest for them: by hand only where they are named."""
+_ONLY_ASKED_FOR = ("cp", "recurrent", "both")
+"""Forms that save weights and little or no time: by hand only where they are named."""
 
 
 class Method(StrEnum):
