@@ -8,12 +8,13 @@ as the operator itself multiplies by R in every step. What can be had is storage
 a runtime that folds constants works out once, at load. The file gets smaller, and the speed stays what it was.
 
 What is made least is E|W x - W' V x|^2 and E|R h - U V h|^2, over all gates: the error of what goes into their
-activations, each row counted as it is. Dividing each gate by its own energy sounds fair, for some are louder, but
-measured on trained networks it lost more of the node's output.
+activations, each row counted as it is. Dividing each gate by its own energy sounds fair, for some are louder, but of
+three trained LSTMs none had better outputs so (1 to 10 % more was lost of them).
 
 Both add to what a bias adds to, B = [of W, of R], so a bias that is a weight, or that is absent, takes up the means
-of what is lost. Where the reset gate of a GRU multiplies h before R does (``linear_before_reset = 0``), the mean of
-what R reads is not that of h, and there is no correction for R.
+of what is lost. That matters: what is lost of the mean adds up from step to step (with half of R, 0.6 % of a voice
+detector's states are lost so, and 18 % otherwise). Where the reset gate of a GRU multiplies h before R does
+(``linear_before_reset = 0``), the mean of what R reads is not that of h, and there is no correction for R.
 """
 
 from __future__ import annotations
