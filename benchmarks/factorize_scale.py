@@ -1,0 +1,112 @@
+"""Seconds and memory of factoring all layers of a model, beyond the model itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from benchmarks.factorize_layers import normalised
+from benchmarks.tasks import TASKS
+from onnxcompress import model as models
+from onnxcompress import registry
+from onnxcompress.calibrate import calibrate
+from onnxcompress.data import open_data
+from onnxcompress.passes.factorize import Factorize
+from onnxcompress.profile import load_profile
+from onnxcompress.questions import offers
+from onnxcompress.statistics import Evidence
+from onnxcompress.trial import build
+from onnxcompress.view import GraphView
+
+_PROFILE = "host-x86-vnni"
+
+
+def factored(task: str, output: Path, samples: int, options: str) -> dict[str, Any]:
+    """All layers of a model factored and written; nothing is compared or priced.
+
+    Args:
+        task: its name.
+        output: the file to write.
+        samples: of calibration; 0 for none, where the pass needs none.
+        options: of the pass, as on the command line; they have to name ranks or shares.
+
+    Returns:
+        Seconds and megabytes of each step. Memory is the largest resident set in the step less what the process
+        held before any of them, with all weights of the model read once.
+    """
+    written = output.with_name("normalised.onnx")
+    models.save(normalised(task), written)
+    model = models.load(written)
+    layers = {str(v.name): v.const_value.nbytes for v in GraphView(model).weights() if v.const_value is not None}
+    pass_ = registry.parse(f"{Factorize.name}{{{options}}}")
+    target = load_profile(_PROFILE).target()
+    _read_all(model)
+    base = _status("VmRSS")
+    result: dict[str, Any] = {
+        "model_megabytes": models.weight_bytes(model) / 1e6,
+        "largest_megabytes": max(layers.values()) / 1e6,
+        "seconds": {},
+        "cpu_seconds": {},
+        "megabytes": {},
+    }
+    view, evidence = GraphView(model), Evidence()
+    with _step("choose", result, base):
+        offer = offers(pass_, view, target, synthetic=False)
+    choices = [found[-1] for found in offer.choices.values()]
+    result["sites"], result["skipped"] = len(choices), len(offer.skipped)
+    result["largest_factored_megabytes"] = max((_largest(c.detail) for c in choices), default=0) / 1e6
+    if samples:
+        needs = sorted({need for choice in choices for need in pass_.needs(choice, view)})
+        with _step("calibrate", result, base):
+            evidence = calibrate(model, needs, open_data(TASKS[task].feeds(samples), model), shapes=False)
+    with _step("factor", result, base):
+        built = build(model, pass_, choices, evidence)
+    result["made"] = len(built.made)
+    result["refused"] = [f"{s.key}: {s.reason}" for s in built.refused]
+    result["made_megabytes"] = _new_bytes(built.model, model) / 1e6
+    with _step("write", result, base):
+        models.save(built.model, output)
+    return result
+
+
+def _largest(cut: Any) -> int:
+    return 4 * int(cut.form.old_weights)
+
+
+def _read_all(model: ir.Model) -> None:
+    """Brings all weights into memory, so that reading them later counts for nothing."""
+    for value in GraphView(model).weights():
+        if value.const_value is not None:
+            value.const_value.numpy().sum()
+
+
+def _new_bytes(model: ir.Model, before: ir.Model) -> int:
+    """Weights of a model that another does not have."""
+    old = {id(v.const_value) for v in GraphView(before).weights()}
+    found = [v.const_value for v in GraphView(model).weights() if id(v.const_value) not in old]
+    return sum(t.nbytes for t in found if t is not None)
+
+
+@contextmanager
+def _step(name: str, result: dict[str, Any], base: int) -> Iterator[None]:
+    _forget_peak()
+    start, used = time.perf_counter(), time.process_time()
+    yield
+    result["seconds"][name] = round(time.perf_counter() - start, 2)
+    result["cpu_seconds"][name] = round(time.process_time() - used, 2)
+    result["megabytes"][name] = round((_status("VmHWM") - base) / 1e6, 1)
+
+
+def _status(field: str) -> int:
+    """Bytes, of Linux's /proc."""
+    return 1024 * int(Path("/proc/self/status").read_text().split(f"{field}:", 1)[1].split()[0])
+
+
+def _forget_peak() -> None:
+    """The largest resident set starts anew from the present one (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
