@@ -23,7 +23,7 @@ from onnxcompress.base import Skip
 from onnxcompress.errors import PassError
 from onnxcompress.passes._forms import Factors, Form, Ranks, Settings
 from onnxcompress.passes._low_rank import metric
-from onnxcompress.passes._table_factors import Metrics, balanced, in_turns, mixed, start
+from onnxcompress.passes._table_factors import Metrics, balanced, in_turns, mixed, ratio, start
 from onnxcompress.sketch import Drawn, Slot
 from onnxcompress.statistics import Evidence, Need, SecondMoments, Statistic
 from onnxcompress.view import GraphView
@@ -137,17 +137,17 @@ class _Table(Form):
         return tuple(drawn)
 
     def factors(self, ranks: Ranks, evidence: Evidence, settings: Settings) -> Factors:
-        fetched = _together(self.fetches, self._shape[1], evidence, settings)
-        states = _together(self.heads, self._shape[1], evidence, settings)
-        even = self._even
-        seen = even if fetched is None or not np.trace(fetched.matrix) > 0 else fetched.matrix
-        width = self._shape[1]
+        width, even = self._shape[1], self._even
+        fetched = _together(self.fetches, width, evidence, settings)
+        states = _together(self.heads, width, evidence, settings)
+        seen = even.matrix if fetched is None or not np.trace(fetched.matrix) > 0 else fetched.matrix
+        rows = even.matrix if np.trace(even.matrix) > 0 else np.eye(width)
         heard = metric(None if states is None else states.matrix, width, settings.ridge) if self.heads else None
-        measured = Metrics(mixed(seen, even), even if np.trace(even) > 0 else np.eye(width), heard)
+        weight = 1.0 if states is None else ratio(fetched or even, states, even)
+        measured = Metrics(mixed(seen, even.matrix), rows, heard, weight)
         left, right = self.remembered(fetched or states, settings, lambda: start(measured))
-        first, second = balanced(*in_turns(left[:, : ranks[0]], right[: ranks[0]], measured), even)
-        rest = np.eye(len(even)) - first @ second
-        lost = Metrics(seen, even, measured.states).lost(rest) / (2 if self.heads else 1)
+        first, second = balanced(*in_turns(left[:, : ranks[0]], right[: ranks[0]], measured), even.matrix)
+        lost = Metrics(seen, even.matrix, heard, weight).lost(np.eye(width) - first @ second)
         narrow, wide = self._slots(ranks)
         return Factors({narrow: self._narrow(first), wide: np.ascontiguousarray(second, np.float32)}, lost)
 
@@ -156,15 +156,16 @@ class _Table(Form):
         return Slot((rows, ranks[0]), "A"), Slot((ranks[0], width), "B")
 
     @cached_property
-    def _even(self) -> Array:
-        """C, (width, width)."""
+    def _even(self) -> SecondMoments:
+        """Of all rows, each once."""
         rows, width = self._shape
-        total = np.zeros((width, width))
+        total, mean = np.zeros((width, width)), np.zeros(width)
         for _, block in _blocks(self.table.numpy()):
             total += block.T @ block
+            mean += block.sum(0) / rows
         if not np.isfinite(total).all():
             raise PassError("a table has NaN or infinite rows", hint="repair the model: it has no factors")
-        return total / rows
+        return SecondMoments(total / rows, mean, rows)
 
     def _narrow(self, first: Array) -> npt.NDArray[np.float32]:
         """A = E Q."""
