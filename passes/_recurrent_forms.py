@@ -19,7 +19,7 @@ detector's states are lost so, and 18 % otherwise). Where the reset gate of a GR
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ from onnxcompress.base import Skip
 from onnxcompress.passes._constant_sum import is_free
 from onnxcompress.passes._forms import Factors, Form, Ranks, Settings
 from onnxcompress.passes._low_rank import Basis, basis, metric
-from onnxcompress.sketch import AttributeValue, Drawn, Slot
+from onnxcompress.sketch import Drawn, Slot, redrawn
 from onnxcompress.statistics import Evidence, Need, SecondMoments, Statistic
 from onnxcompress.view import GraphView
 
@@ -50,10 +50,7 @@ class Layer:
 
     Attributes:
         node: its name.
-        op: "LSTM", "GRU" or "RNN".
-        inputs: names; None where one is absent.
-        outputs: names; "" where one is absent.
-        attributes: all of them.
+        drawn: the node as it is.
         weight: W, (directions, gates x hidden, features).
         recurrent: R, (directions, gates x hidden, hidden).
         offset: B, (directions, 2 x gates x hidden), where it is a weight.
@@ -64,10 +61,7 @@ class Layer:
     """
 
     node: str
-    op: str
-    inputs: tuple[str | None, ...]
-    outputs: tuple[str, ...]
-    attributes: tuple[tuple[str, AttributeValue], ...]
+    drawn: Drawn
     weight: ir.TensorProtocol
     recurrent: ir.TensorProtocol
     offset: ir.TensorProtocol | None
@@ -147,9 +141,9 @@ class _Recurrent(Form):
         return tuple(need for need in wanted if need is not None)
 
     def drawing(self, ranks: Ranks) -> tuple[Drawn, ...]:
-        layer = self.layer
-        stem = next(name for name in layer.outputs if name)
-        inputs: list[str | Slot | None] = [*layer.inputs, *(None,) * (4 - len(layer.inputs))]
+        layer, old = self.layer, self.layer.drawn
+        stem = next(name for name in old.outputs if name)
+        inputs: list[str | Slot | None] = [*old.inputs, *(None,) * (4 - len(old.inputs))]
         drawn: list[Drawn] = []
         if self.inputs:
             low = f"{stem}_low"
@@ -163,7 +157,7 @@ class _Recurrent(Form):
             inputs[3] = self._bias
         while inputs[-1] is None:
             inputs.pop()
-        return (*drawn, Drawn(layer.op, tuple(inputs), layer.outputs, layer.attributes))
+        return (*drawn, replace(old, inputs=tuple(inputs)))
 
     def factors(self, ranks: Ranks, evidence: Evidence, settings: Settings) -> Factors:
         layer = self.layer
@@ -290,10 +284,7 @@ def _layer(node: ir.Node, view: GraphView) -> Layer:
     axes = (2 if node.attributes.get_int("layout", 0) else 1, 3)
     return Layer(
         str(node.name),
-        node.op_type,
-        tuple(None if v is None else str(v.name) for v in node.inputs),
-        tuple(str(o.name or "") for o in node.outputs),
-        tuple((name, _plain(attribute.value)) for name, attribute in node.attributes.items()),
+        redrawn(node),
         weight,
         recurrent,
         offset if shiftable else None,
@@ -302,14 +293,6 @@ def _layer(node: ir.Node, view: GraphView) -> Layer:
         Need(seen, Statistic.GRAM, -1) if seen and _extents(weight)[2] <= _MOST_FEATURES else None,
         Need(states, Statistic.GRAM, axes=axes) if states and directions * hidden <= _MOST_FEATURES else None,
     )
-
-
-def _plain(value: object) -> AttributeValue:
-    if isinstance(value, int | float | str):
-        return value
-    if isinstance(value, list | tuple):
-        return tuple(value)
-    raise Skip(f"it has an attribute that cannot be copied: {type(value).__name__}")
 
 
 def _alone(node: ir.Node, index: int) -> bool:
