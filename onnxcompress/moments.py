@@ -19,8 +19,8 @@ share of them each, and a sample with no more rows than its share contributes th
 with it: no row comes twice, they lie evenly, and no column of an image is favoured. They depend on the number of rows
 and on nothing else.
 
-**Two models.** Rows of features x of one and y of the other, chosen and shifted alike, give the products ``X^T X`` and
-``Y^T X``; there are none between features of y. Rows are as many as for x alone.
+**Two models.** Rows of features x and of errors y between the models, chosen and shifted alike, give the products
+``X^T X`` and ``Y^T X``; there are none between features of y. Rows are as many as for x alone.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ class HalvedGram:
 
 
 class _Cross:
-    """Products of features of two models.
+    """Products of features and errors.
 
     Args:
         pair: says what the features are.
@@ -265,16 +265,16 @@ class _Cross:
         self._unusable = False
         self.nan = False
 
-    def add(self, now: Array, then: Array) -> None:
+    def add(self, reads: Array, error: Array) -> None:
         """Adds float32 arrays of one sample."""
-        if now.size == 0 or then.size == 0 or self._unusable or self.nan:
+        if reads.size == 0 or error.size == 0 or self._unusable or self.nan:
             return
-        ends = [float(end) for array in (now, then) for end in (array.min(), array.max())]
+        ends = [float(end) for array in (reads, error) for end in (array.min(), array.max())]
         if not all(math.isfinite(end) for end in ends):
             self.nan = any(math.isnan(end) for end in ends)
             self._unusable = True
             return
-        x_rows, y_rows = _rows(now, self._pair.now), _rows(then, self._pair.then)
+        x_rows, y_rows = _rows(reads, self._pair.reads), _rows(error, self._pair.makes)
         if x_rows is None or y_rows is None:
             self._unusable = True
             return
@@ -315,7 +315,7 @@ class _Cross:
 
 
 class HalvedCross:
-    """Moments between two models, of all samples and of every second one.
+    """Moments of features and errors, of all samples and of every second one.
 
     Args:
         pair: says what the features are.
@@ -331,9 +331,9 @@ class HalvedCross:
         """NaN was added."""
         return any(half.nan for half in self._halves)
 
-    def add(self, now: Array, then: Array) -> None:
-        """Adds float32 arrays of one sample: of the rewritten model, and of the one before."""
-        self._halves[self._added % 2].add(now, then)
+    def add(self, reads: Array, error: Array) -> None:
+        """Adds float32 arrays of one sample: what is read, and how far off is what is made."""
+        self._halves[self._added % 2].add(reads, error)
         self._added += 1
 
     def result(self) -> CrossMoments | None:
@@ -350,7 +350,7 @@ class HalvedCross:
             u * a.matrix + v * b.matrix,
             u * a.cross + v * b.cross,
             u * a.mean + v * b.mean,
-            u * a.wanted + v * b.wanted,
+            u * a.error + v * b.error,
             count,
             a,
         )

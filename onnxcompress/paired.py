@@ -1,4 +1,4 @@
-"""Two models on the same feeds: moments between what one makes now and what the other made.
+"""Two models on the same feeds: moments between what one reads and how far off it then is from the other.
 
 Each model is cut down to what makes the values asked for, as onnxruntime runs all of a graph whatever is fetched: a
 value of the first layer costs the first layer only. One sample of both is held at a time.
@@ -41,7 +41,8 @@ def cross_moments(
         now: the rewritten model; not changed.
         then: the model before; not changed.
         pairs: what is wanted. Those with a value that is missing, no float32 tensor, infinite anywhere, or without
-            the axes asked for are left out, and so are those whose rows do not go together.
+            the axes asked for are left out, and so are those whose rows do not go together. What is made has to be
+            in both models.
         source: the feeds.
         progress: called with (samples done, samples in all) after each.
         threads: for onnxruntime; all there are by default.
@@ -51,16 +52,19 @@ def cross_moments(
         ModelRunError: onnxruntime cannot load or run one of them.
     """
     wanted = sorted(set(pairs))
-    left = _Part(now, {p.now.value for p in wanted}, threads)
-    right = _Part(then, {p.then.value for p in wanted}, threads)
-    sums = {p: HalvedCross(p, len(source)) for p in wanted if p.now.value in left.names and p.then.value in right.names}
+    left = _Part(now, {n.value for p in wanted for n in (p.reads, p.makes)}, threads)
+    right = _Part(then, {p.makes.value for p in wanted}, threads)
+    both = left.names & right.names
+    sums = {p: HalvedCross(p, len(source)) for p in wanted if p.reads.value in left.names and p.makes.value in both}
     for sample, feed in enumerate(source if sums else ()):
         found, before = left.run(feed), right.run(feed)
+        errors = {n: _difference(before[n], found[n]) for n in both if before[n].shape == found[n].shape}
         for pair, moments in sums.items():
-            moments.add(found[pair.now.value], before[pair.then.value])
+            if pair.makes.value in errors:
+                moments.add(found[pair.reads.value], errors[pair.makes.value])
             if moments.nan:
                 raise DataError(
-                    f"there is NaN in {pair.now.value!r} or, before the rewrite, in {pair.then.value!r}",
+                    f"there is NaN in {pair.reads.value!r}, or in {pair.makes.value!r} of one of two models",
                     sample=sample,
                     hint="does this sample make sense to the model? remove it",
                 )
@@ -101,3 +105,12 @@ def _making(model: ir.Model, names: Collection[str]) -> ir.Model:
     copy.graph.outputs.extend(values[n] for n in names)
     RemoveUnusedNodesPass()(copy)
     return copy
+
+
+def _difference(before: Array, now: Array) -> Array:
+    """Infinite where a value is, and NaN only where one is NaN."""
+    with np.errstate(invalid="ignore"):
+        error = np.asarray(before - now)
+    if np.isnan(error).any() and not (np.isnan(before).any() or np.isnan(now).any()):
+        error[...] = np.inf
+    return error

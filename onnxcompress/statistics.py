@@ -139,22 +139,22 @@ class Need:
 
 @dataclass(frozen=True, order=True)
 class Pair:
-    """Features of a rewritten model and those of the model before it, row by row of the same feeds.
+    """What a rewritten model reads somewhere, against how far off a value is behind it, row by row of the same feeds.
 
     Attributes:
-        now: GRAM of a value of the rewritten model.
-        then: GRAM of a value of the model before; it has to have as many rows, in the same order: the windows a Conv
-            reads go with the positions of what it makes.
+        reads: GRAM of a value of the rewritten model.
+        makes: GRAM of a value that both models have. It has to have as many rows, in the same order: the windows a
+            Conv reads go with the positions of what it makes.
 
     Raises:
         PassError: one of them is another statistic.
     """
 
-    now: Need
-    then: Need
+    reads: Need
+    makes: Need
 
     def __post_init__(self) -> None:
-        for need in (self.now, self.then):
+        for need in (self.reads, self.makes):
             if need.statistic is not Statistic.GRAM:
                 raise PassError(
                     f"{need.value!r} is paired by its {need.statistic}", hint="pairs are of second moments: GRAM"
@@ -229,13 +229,15 @@ class SecondMoments:
 
 @dataclass(frozen=True)
 class CrossMoments:
-    """Moments of n features x of a rewritten model and m features y of the model before, over rows of both.
+    """Moments of n features x of a rewritten model and errors e of m others, over rows of both.
+
+    An error is what the model before makes less what the rewritten one makes.
 
     Attributes:
         matrix: float64, shape (n, n): mean of ``x x^T``, about zero; exactly symmetric.
-        cross: float64, shape (m, n): mean of ``y x^T``, about zero.
+        cross: float64, shape (m, n): mean of ``e x^T``, about zero.
         mean: float64, shape (n,), of x.
-        wanted: float64, shape (m,): mean of y.
+        error: float64, shape (m,): mean of e.
         count: rows seen.
         first: the same of every second sample only; None where there was one sample.
     """
@@ -243,7 +245,7 @@ class CrossMoments:
     matrix: npt.NDArray[np.float64]
     cross: npt.NDArray[np.float64]
     mean: npt.NDArray[np.float64]
-    wanted: npt.NDArray[np.float64]
+    error: npt.NDArray[np.float64]
     count: int
     first: CrossMoments | None = None
 
@@ -262,7 +264,7 @@ class CrossMoments:
             other(self.matrix, a.matrix),
             other(self.cross, a.cross),
             other(self.mean, a.mean),
-            other(self.wanted, a.wanted),
+            other(self.error, a.error),
             rest,
         )
 
@@ -349,7 +351,7 @@ class Evidence:
         """Raises PassError if the pass did not ask for exactly this in ``settling``."""
         if pair not in self._crosses:
             raise PassError(
-                f"no moments of {pair.now.value!r} against {pair.then.value!r} were collected",
+                f"no moments of {pair.reads.value!r} against errors of {pair.makes.value!r} were collected",
                 hint="name them in the pass's settling(), and ask has() first: some values have none",
             )
         return self._crosses[pair]

@@ -1,16 +1,27 @@
 """The last factor of every factored layer, refitted layer by layer to what the original model made there.
 
-A layer y = W x has become y = V (Z x) + b, and V is the best there is for the x the original has. Behind other
-factored layers it reads z = Z x' of another x'. With y of the original and z of the rewritten model, on the same feeds,
+A layer y = W x has become V z + b, and V is the best there is for the x the original has. Behind other factored layers
+z is another one, and what the layer makes is off by e. On the same feeds through both models,
 
-    minimise over V, b   E|y - V z - b|^2 + ridge m |V - V0|^2         m the mean of the diagonal of C = cov(z)
-    solved by            V = V0 + (cov(y, z) - V0 C) (C + ridge m I)^-1,   b = E[y] - V E[z]
+    minimise over D, d   E|e - D z - d|^2 + ridge m |D|^2         m the mean of the diagonal of C = cov(z)
+    solved by            D = cov(e, z) (C + ridge m I)^-1,   d = E[e] - D E[z]
 
-Without a place for b the same holds of moments about zero. It makes up, as far as z still tells, for what the layers
-before have lost. Where nothing was lost cov(y, z) = V0 C, and V0 stays.
+and V + D, b + d make up for what the layers before have lost, as far as z still tells. Without a place for a bias the
+same holds of moments about zero. Where nothing is lost, nothing changes.
 
-The ridge pulls towards V0: what calibration says nothing about stays as it was. Where few rows were seen it is
-the one that loses least on the half of the samples it was not fitted to; if not even that gains, V0 stays.
+**Sums.** Where y is added to a value that no later refit changes, e is the error of the sum: so a layer makes up for
+what came along the other way, too. Worst output on held-out samples, all 36 products of a MiniLM's layers at half of
+their weights, 64 samples: 7.5 dB as they are, 8.0 fitted to y, 8.2 fitted to sums.
+
+**Few rows.** Rows of one sample resemble each other, so least squares wants many. Where there are few, the ridge is the
+one that loses least on the half of the samples it was not fitted to. "As it is" is not among them: V has seen both
+halves. EfficientNet-Lite0, 64 samples, share of y's variance that is off on held-out samples, by ridge:
+
+    rows a feature         0.001   0.01    0.1     1      10
+    261, (80, 48)           .305   .305   .309   .329   .351
+    28, (192, 112)          .420   .419   .415   .416   .436
+    24, (192, 128)          .846   .845   .836   .822   .837
+    16, (320, 192)          .788   .785   .765   .736   .745
 
 Layers are refitted in the order they run, each observed on what those before it left; layers of which none reads
 another share a round, and where there are more rounds than :data:`_ROUNDS`, neighbours do.
@@ -19,7 +30,7 @@ another share a round, and where there are more rounds than :data:`_ROUNDS`, nei
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import networkx as nx
@@ -41,14 +52,15 @@ from onnxcompress.view import GraphView
 __all__ = ["note_factored", "rounds", "settle"]
 
 Array = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.intp]
 
 _FACTORED = "factored"
 """Note on the last node of a factored layer: name of the value of the original model it has to give."""
 _ROUNDS = 24
 _MOST_FEATURES = 2304
-_ENOUGH_ROWS = 20
+_ENOUGH_ROWS = 50
 """A feature; where there are fewer, the ridge is found on samples it was not fitted to."""
-_FACTORS = (1.0, 10.0, 100.0, 1000.0)
+_FACTORS = (1.0, 10.0, 100.0)
 
 
 def note_factored(node: ir.Node, value: str) -> None:
@@ -64,13 +76,12 @@ def note_factored(node: ir.Node, value: str) -> None:
 def rounds(view: GraphView) -> Iterable[Collection[Pair]]:
     """What to observe for every factored layer, in the order they are refitted."""
     layers = _layers(view)
-    depth = _depths(view, [str(layer.node.name) for layer in layers])
-    levels = sorted(set(depth.values()))
+    levels = sorted({layer.depth for layer in layers})
     count = min(_ROUNDS, len(levels))
     turn = {level: i * count // len(levels) for i, level in enumerate(levels)}
     found: list[list[Pair]] = [[] for _ in range(count)]
     for layer in layers:
-        found[turn[depth[str(layer.node.name)]]].append(layer.pair)
+        found[turn[layer.depth]].append(layer.pair)
     return found
 
 
@@ -79,15 +90,14 @@ def settle(rewriter: Rewriter, after: Evidence) -> None:
 
     Args:
         rewriter: of the rewritten model.
-        after: moments between it and the model before, of this round.
+        after: moments of it against the model before, of this round.
     """
     if after.synthetic:
         return
     for layer in _layers(rewriter.view()):
-        if not after.has(layer.pair):
-            continue
-        with threadpool_limits(1, "blas"):
-            layer.refit(rewriter, after.cross_moments(layer.pair))
+        if after.has(layer.pair):
+            with threadpool_limits(1, "blas"):
+                layer.refit(rewriter, after.cross_moments(layer.pair))
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,11 +105,12 @@ class _Last:
     """The last node of a factored layer.
 
     Attributes:
-        node: y = V z, of a Conv in groups of channels.
+        node: y = V z; of a Conv in groups of channels.
         index: of the input that holds V.
         transposed: V is stored as (features, outputs).
         place: of the bias; None where there is none, and moments are about zero.
-        pair: what it reads now, and what the original made.
+        pair: what it reads, and what it makes.
+        depth: how many factored layers there are on the longest way to it, itself included.
     """
 
     node: ir.Node
@@ -107,76 +118,67 @@ class _Last:
     transposed: bool
     place: Place | None
     pair: Pair
-
-    @property
-    def _groups(self) -> int:
-        return self.node.attributes.get_int("group", 1) if self.node.op_type == "Conv" else 1
+    depth: int
 
     def refit(self, rewriter: Rewriter, moments: CrossMoments) -> None:
-        """Writes the weight and bias that fit best, where they are better than those there are."""
-        stored = _weight(self.node, self.index)
+        """Adds to weight and bias what fits best."""
+        conv = self.node.op_type == "Conv"
+        groups = self.node.attributes.get_int("group", 1) if conv else 1
+        value = self.node.inputs[self.index]
+        if value is None or value.const_value is None:
+            raise ValueError(f"input {self.index} of {self.node.name!r} is no weight")
+        stored = np.asarray(value.const_value.numpy(), np.float64)
         old = stored.T if self.transposed else stored.reshape(len(stored), -1)
-        parts = np.split(old, self._groups)
-        if moments.cross.shape != (len(old), self._groups * old.shape[1]):
+        if moments.cross.shape != (len(old), groups * old.shape[1]):
             return
-        bias = np.zeros(len(old)) if self.place is None else np.zeros(len(old)) + _bias(self.place)
-        new, shift = old.copy(), np.zeros(len(old))
-        for g, part in enumerate(parts):
-            rows, columns = slice(g * len(part), (g + 1) * len(part)), slice(g * part.shape[1], (g + 1) * part.shape[1])
-            fitted = _refitted(part, bias[rows], _part(moments, rows, columns), centred=self.place is not None)
-            if fitted is not None:
-                new[rows], shift[rows] = fitted[0], fitted[1] - bias[rows]
-        if not (np.isfinite(new).all() and np.isfinite(shift).all()) or np.array_equal(new, old):
+        change, shift = np.zeros(old.shape), np.zeros(len(old))
+        for rows, columns in zip(*(np.split(np.arange(n), groups) for n in moments.cross.shape), strict=True):
+            change[rows], shift[rows] = _fitted(_part(moments, rows, columns), centred=self.place is not None)
+        if not (np.isfinite(change).all() and np.isfinite(shift).all()):
             return
+        new = old + change / (self.node.attributes.get_float("alpha", 1.0) if self.node.op_type == "Gemm" else 1.0)
         array = new.T if self.transposed else new.reshape(stored.shape)
         rewriter.set_weight(self.node, self.index, np.ascontiguousarray(array, np.float32))
         if self.place is not None:
-            absorb(rewriter, self.place, shift, 1 if self.node.op_type == "Conv" else -1)
+            absorb(rewriter, self.place, shift, 1 if conv else -1)
 
 
-def _refitted(old: Array, bias: Array, moments: CrossMoments, *, centred: bool) -> tuple[Array, Array] | None:
-    """V (outputs, features) and b (outputs,); None where what there is is better."""
+def _fitted(moments: CrossMoments, *, centred: bool) -> tuple[Array, Array]:
+    """What is to be added to V (outputs, features) and to b (outputs,)."""
     halves = moments.halves
     if halves is None or moments.count >= _ENOUGH_ROWS * len(moments.mean):
-        return _solved(old, bias, moments, RIDGE, centred=centred)
-    lost = {math.inf: sum(_error(old, bias, half) for half in halves)}
-    for ridge in (f * RIDGE for f in _FACTORS):
-        fits = [_solved(old, bias, half, ridge, centred=centred) for half in halves]
-        lost[ridge] = sum(_error(*fit, unseen) for fit, unseen in zip(fits, halves[::-1], strict=True))
-    ridge = min(lost, key=lambda r: (lost[r], -r))
-    return None if math.isinf(ridge) else _solved(old, bias, moments, ridge, centred=centred)
+        return _solved(moments, RIDGE, centred=centred)
+
+    def lost(ridge: float) -> float:
+        fits = (_solved(half, ridge, centred=centred) for half in halves)
+        return sum(_error(*fit, unseen) for fit, unseen in zip(fits, halves[::-1], strict=True))
+
+    return _solved(moments, min((f * RIDGE for f in _FACTORS), key=lost), centred=centred)
 
 
-def _solved(old: Array, bias: Array, moments: CrossMoments, ridge: float, *, centred: bool) -> tuple[Array, Array]:
+def _solved(moments: CrossMoments, ridge: float, *, centred: bool) -> tuple[Array, Array]:
     """The minimum; see the module."""
+    square, cross = moments.matrix, moments.cross
     if centred:
-        square = moments.matrix - np.outer(moments.mean, moments.mean)
-        cross = moments.cross - np.outer(moments.wanted, moments.mean)
-    else:
-        square, cross = moments.matrix, moments.cross
+        square = square - np.outer(moments.mean, moments.mean)
+        cross = cross - np.outer(moments.error, moments.mean)
     damped = square.copy()
     damped.flat[:: len(square) + 1] += ridge * scale_of(square)
-    change = cho_solve(cho_factor(damped, lower=True), (cross - old @ square).T).T
-    new = old + change
-    return new, moments.wanted - new @ moments.mean if centred else bias
+    change = np.asarray(cho_solve(cho_factor(damped, lower=True), cross.T), np.float64).T
+    return change, moments.error - change @ moments.mean if centred else np.zeros(len(change))
 
 
-def _error(weight: Array, bias: Array, moments: CrossMoments) -> float:
-    """E|y - V z - b|^2 without E|y|^2."""
-    fit = float(np.vdot(weight @ moments.matrix - 2 * moments.cross, weight))
-    return fit + float(np.vdot(2 * (weight @ moments.mean - moments.wanted) + bias, bias))
+def _error(change: Array, shift: Array, moments: CrossMoments) -> float:
+    """E|e - D z - d|^2 less E|e|^2: below 0 where it is better than nothing."""
+    fit = float(np.vdot(change @ moments.matrix - 2 * moments.cross, change))
+    return fit + float(np.vdot(2 * (change @ moments.mean - moments.error) + shift, shift))
 
 
-def _part(moments: CrossMoments, rows: slice, columns: slice) -> CrossMoments:
+def _part(moments: CrossMoments, rows: Indices, columns: Indices) -> CrossMoments:
     """Of some outputs and features."""
-    return CrossMoments(
-        moments.matrix[columns, columns],
-        moments.cross[rows, columns],
-        moments.mean[columns],
-        moments.wanted[rows],
-        moments.count,
-        None if moments.first is None else _part(moments.first, rows, columns),
-    )
+    first = None if moments.first is None else _part(moments.first, rows, columns)
+    square, cross = moments.matrix[np.ix_(columns, columns)], moments.cross[np.ix_(rows, columns)]
+    return CrossMoments(square, cross, moments.mean[columns], moments.error[rows], moments.count, first)
 
 
 # --- which ------------------------------------------------------------------------------------------
@@ -184,15 +186,14 @@ def _part(moments: CrossMoments, rows: slice, columns: slice) -> CrossMoments:
 
 def _layers(view: GraphView) -> list[_Last]:
     """Those that can be refitted, in the order they run."""
-    found = (_layer(node, view) for node in view.nodes("MatMul", "Gemm", "Conv", subgraphs=False))
+    nodes = [n for n in view.nodes("MatMul", "Gemm", "Conv", subgraphs=False) if noted(n, _FACTORED) and not n.domain]
+    depth = _depths(view, [str(n.name) for n in nodes]) if nodes else {}
+    found = (_layer(node, view, depth) for node in nodes)
     return [layer for layer in found if layer is not None]
 
 
-def _layer(node: ir.Node, view: GraphView) -> _Last | None:
-    """How the last node of a factored layer is refitted; None where it is none, or cannot be."""
-    wanted = noted(node, _FACTORED)
-    if wanted is None or node.domain:
-        return None
+def _layer(node: ir.Node, view: GraphView, depth: Mapping[str, int]) -> _Last | None:
+    """How the last node of a factored layer is refitted; None where it cannot be."""
     left = node.op_type == "MatMul" and view.is_float_weight(node.inputs[0])
     weight, data = node.inputs[0 if left else 1], node.inputs[1 if left else 0]
     if weight is None or data is None or data.is_initializer() or not view.is_float_weight(weight):
@@ -200,71 +201,50 @@ def _layer(node: ir.Node, view: GraphView) -> _Last | None:
     if len(weight.uses()) != 1 or weight.is_graph_output():  # what others read, too, is not for this layer to change
         return None
     shape = tuple(int(d) for d in weight.const_value.shape.numpy()) if weight.const_value is not None else ()
-    if node.op_type == "Conv":
-        return _convolution(node, str(data.name), shape, wanted)
-    if len(shape) != 2:
+    reads, axis = _reads(node, str(data.name), shape, left)
+    if reads is None:
         return None
-    if left:
-        return _Last(node, 0, False, None, _pair(str(data.name), -2, wanted, -2))
-    transposed = node.op_type == "MatMul" or not node.attributes.get_int("transB", 0)
-    place = bias_place(node)
-    if place is not None and not _is_vector(place, shape[1 if transposed else 0]):
-        return None
-    if node.op_type == "MatMul":
-        if place is not None:  # the sum is observed, so that a constant moved into it is in what is fitted
-            wanted = str(place[0].outputs[0].name)
-        return _Last(node, 1, True, place, _pair(str(data.name), -1, wanted, -1))
-    axis = 0 if node.attributes.get_int("transA", 0) else 1
-    return None if place is None else _Last(node, 1, transposed, place, _pair(str(data.name), axis, wanted, 1))
+    place = None if left else bias_place(node)
+    own = str(node.name)
+    value = node.outputs[0] if place is None else place[0].outputs[0]
+    name = noted(node, _FACTORED) if value is node.outputs[0] else str(value.name)
+    name = _sum(value, depth, depth[own]) or name
+    outputs_first = left or node.op_type == "Conv" or node.attributes.get_int("transB", 0) != 0
+    pair = Pair(reads, Need(name, Statistic.GRAM, axis))
+    return _Last(node, 0 if left else 1, not outputs_first, place, pair, depth[own])
 
 
-def _convolution(node: ir.Node, data: str, shape: tuple[int, ...], wanted: str) -> _Last | None:
-    place, patches = bias_place(node), windows_of(node, shape[2:])
-    features = node.attributes.get_int("group", 1) * math.prod(shape[1:])
-    if place is None or patches is None or features > _MOST_FEATURES:
-        return None
-    then = Need(wanted, Statistic.GRAM, 1)
+def _reads(node: ir.Node, data: str, shape: tuple[int, ...], left: bool) -> tuple[Need | None, int]:
+    """Features of what a node reads, and the channel axis of what it makes; None where there are too many."""
+    if node.op_type != "Conv":
+        axis = -2 if left else 0 if node.op_type == "Gemm" and node.attributes.get_int("transA", 0) else -1
+        return Need(data, Statistic.GRAM, axis) if len(shape) == 2 else None, -2 if left else -1
+    patches = windows_of(node, shape[2:])
+    if patches is None or node.attributes.get_int("group", 1) * math.prod(shape[1:]) > _MOST_FEATURES:
+        return None, 1
     moves = (*patches.strides, *(p + 1 for p in (*patches.pads_begin, *patches.pads_end)))
     if math.prod((*patches.kernel, *moves)) == 1:  # its windows are the positions
-        return _Last(node, 1, False, place, Pair(Need(data, Statistic.GRAM, 1), then))
-    return _Last(node, 1, False, place, Pair(Need(data, Statistic.GRAM, patches=patches), then))
+        return Need(data, Statistic.GRAM, 1), 1
+    return Need(data, Statistic.GRAM, patches=patches), 1
 
 
-def _pair(data: str, axis: int, wanted: str, made: int) -> Pair:
-    return Pair(Need(data, Statistic.GRAM, axis), Need(wanted, Statistic.GRAM, made))
-
-
-def _is_vector(place: Place, outputs: int) -> bool:
-    """Whether a bias is one number for each output, or one for all."""
-    node, index = place
-    value = node.inputs[index] if index < len(node.inputs) else None
-    if value is None or value.const_value is None:
-        return True
-    shape = tuple(int(d) for d in value.const_value.shape.numpy())
-    return math.prod(shape) == 1 or (math.prod(shape) == outputs == shape[-1])
-
-
-def _bias(place: Place) -> Array:
-    """What is added to the output now."""
-    node, index = place
-    value = node.inputs[index] if index < len(node.inputs) else None
-    if value is None or value.const_value is None:
-        return np.zeros(1)
-    scale = node.attributes.get_float("beta", 1.0) if node.op_type == "Gemm" else 1.0
-    return scale * np.asarray(value.const_value.numpy(), np.float64).reshape(-1)
-
-
-def _weight(node: ir.Node, index: int) -> Array:
-    value = node.inputs[index]
-    if value is None or value.const_value is None:
-        raise ValueError(f"input {index} of {node.name!r} is no weight")
-    return np.asarray(value.const_value.numpy(), np.float64)
+def _sum(value: ir.Value, depth: Mapping[str, int], own: int) -> str | None:
+    """Name of the sum that a value goes into, where the other part is refitted before, or never."""
+    uses = tuple(value.uses())
+    add = uses[0].node if len(uses) == 1 else None
+    if add is None or add.op_type != "Add" or value.is_graph_output() or add.graph is not value.graph:
+        return None
+    other = add.inputs[1 - uses[0].idx]
+    if other is None or other.is_initializer():
+        return None
+    producer = other.producer()
+    return str(add.outputs[0].name) if producer is None or depth[str(producer.name)] < own else None
 
 
 def _depths(view: GraphView, names: Collection[str]) -> dict[str, int]:
-    """How many of these nodes there are on the longest way to each of them, itself included."""
+    """How many of these nodes there are on the longest way to each node, itself included."""
     chosen, depth = set(names), dict[str, int]()
     for name in nx.topological_sort(view.graph):
         before = max((depth[p] for p in view.graph.predecessors(name)), default=0)
         depth[name] = before + (name in chosen)
-    return {name: depth[name] for name in names}
+    return depth
