@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from onnxcompress.render_profile import profile, profiles
-from onnxcompress.report import Attempt, Comparison, Latency, Report, SiteReport
+from onnxcompress.report import Attempt, Comparison, Latency, PassReport, Report, SiteReport
 from onnxcompress.tables import amount, columns, decibel, milliseconds, plural, ratio, section, size, some, used_columns
 
 if TYPE_CHECKING:  # what is shown is not needed for showing it, and takes a second to import
@@ -53,8 +53,9 @@ def report(what: Report, *, output: Path | None = None, verbose: bool = False) -
     ]
     applied = [p for p in what.passes if p.outcome != "nothing to do" or verbose]
     if applied:
-        rows = [(p.name, p.outcome, str(p.changed) if p.changed else "", p.reason) for p in applied]
-        parts.append(section("Passes", columns(rows, ("pass", "outcome", "sites", "what it did"), right=[2])))
+        rows = [(p.name, p.outcome, str(p.changed) if p.changed else "", *_added(p), p.reason) for p in applied]
+        heads = ("pass", "outcome", "sites", "saves", "off the file", "outputs at", "what it did")
+        parts.append(section("Passes", used_columns(rows, heads, right=(2, 3, 4, 5))))
     order = [p.name for p in what.passes]
     done = [s for s in what.sites if s.decision != "keep"]
     kept = [s for s in what.sites if s.decision == "keep"]
@@ -69,6 +70,14 @@ def report(what: Report, *, output: Path | None = None, verbose: bool = False) -
     if what.warnings:
         parts.append(section("Warnings", Group(*(Text(w, style="yellow") for w in what.warnings))))
     return Group(*parts)
+
+
+def _added(row: PassReport) -> tuple[str, str, str]:
+    """What a pass brought, and where the worst output stands after it."""
+    if row.added is None:
+        return "", "", ""
+    sqnr = f"{row.added.min_sqnr_db:.1f} dB" if math.isfinite(row.added.min_sqnr_db) else ""
+    return some(milliseconds, row.added.predicted_ms), some(size, row.added.weight_bytes), sqnr
 
 
 def _changed(what: Report) -> bool:
