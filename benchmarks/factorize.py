@@ -309,6 +309,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--held-out", type=int, default=16, help="exact: feeds after those")
     add("--ladder", default="", help="curves: shares kept, for every model, as 0.8,0.5")
     add("--decibels", default=None, help="curves: floors of the planner, for every model, as 20,15; '' for none")
+    add("--options", default="", help="curves: more options of the pass for all candidates, as layers=fc1")
     add("--candidates", default=",".join(curves.CANDIDATES), help="curves: of: " + ", ".join(curves.CANDIDATES))
     add("--calibration", type=int, default=0, help="calibration samples of curves and scale; 0: 64, few where slow")
     add("--limit", type=int, default=0, help="curves: evaluation samples; 0: all, few where slow")

@@ -78,14 +78,15 @@ def curve(
         if name in WHOLE_FILE:
             keep = round(1 - (1 - rung) * size["parameters"] / size["factored"], 4)
         for candidate in arguments.candidates:
-            text = ",".join(filter(None, [f"keep={keep}", CANDIDATES[candidate], forms and f"forms={forms}"]))
+            parts = (f"keep={keep}", CANDIDATES[candidate], forms and f"forms={forms}", arguments.options)
+            text = ",".join(filter(None, parts))
             file = work / f"{candidate.replace(' ', '_')}_{rung:g}.onnx"
             points.append(LowRank(name, candidate, keep=rung, file=str(file)))
             _make(points[-1], text, NO_FLOOR, calibration, arguments, run)
             save(points)
     for decibels in DECIBELS.get(name, ()) if arguments.decibels is None else arguments.decibels:
         points.append(LowRank(name, OURS, decibels, file=str(work / f"planned_{decibels:g}.onnx")))
-        _make(points[-1], "", decibels, calibration, arguments, run)
+        _make(points[-1], arguments.options, decibels, calibration, arguments, run)
         save(points)
     known = [p for p in points if p.predicted_ms and p.predicted_speed]
     if known:
