@@ -209,16 +209,17 @@ def _layer(node: ir.Node, view: GraphView, depth: Mapping[str, int]) -> _Last | 
     value = node.outputs[0] if place is None else place[0].outputs[0]
     name = noted(node, _FACTORED) if value is node.outputs[0] else str(value.name)
     name = _sum(value, depth, depth[own]) or name
-    outputs_first = left or node.op_type == "Conv" or node.attributes.get_int("transB", 0) != 0
+    transposed = not left and node.op_type != "Conv" and not bool(node.attributes.get_int("transB", 0))
     pair = Pair(reads, Need(name, Statistic.GRAM, axis))
-    return _Last(node, 0 if left else 1, not outputs_first, place, pair, depth[own])
+    return _Last(node, 0 if left else 1, transposed, place, pair, depth[own])
 
 
 def _reads(node: ir.Node, data: str, shape: tuple[int, ...], left: bool) -> tuple[Need | None, int]:
     """Features of what a node reads, and the channel axis of what it makes; None where there are too many."""
     if node.op_type != "Conv":
-        axis = -2 if left else 0 if node.op_type == "Gemm" and node.attributes.get_int("transA", 0) else -1
-        return Need(data, Statistic.GRAM, axis) if len(shape) == 2 else None, -2 if left else -1
+        made = -2 if left else -1
+        flipped: int = node.attributes.get_int("transA", 0)
+        return Need(data, Statistic.GRAM, 0 if flipped else made) if len(shape) == 2 else None, made
     patches = windows_of(node, shape[2:])
     if patches is None or node.attributes.get_int("group", 1) * math.prod(shape[1:]) > _MOST_FEATURES:
         return None, 1
