@@ -101,25 +101,27 @@ def run_exact(arguments: argparse.Namespace, result: dict[str, Any], save: Savin
             by_kind.setdefault((name, layer["form"]), []).append(layer)
         left_out += [f"* {name} {what}: {why}" for what, why in done.result.get("left_out", {}).items()]
     rows, found = [], _failures("exact", runs)
-    lost: dict[str, list[str]] = {"fitted": [], "held_out": []}
-    judged = {"fitted": 0, "held_out": 0}
+    lost: dict[tuple[str, bool], list[str]] = {}
+    judged: dict[tuple[str, bool], int] = {}
     for (name, form), layers in by_kind.items():
         row: list[object] = [name, form, len(layers)]
-        for of in lost:
+        for of in ("fitted", "held_out"):
             ratios = [_ratio(layer, of) for layer in layers]
             better, worse = sum(r > 1 + _EQUAL for r in ratios), sum(r < 1 - _EQUAL for r in ratios)
             row += [better, len(ratios) - better - worse, worse, figure(median(ratios)), figure(min(ratios))]
-            if form in LINEAR:
-                judged[of] += len(ratios)
-                lost[of] += [f"{x['layer']} of {name}" for x, r in zip(layers, ratios, strict=True) if r < 1 - _EQUAL]
+            kind = (of, form in LINEAR)
+            judged[kind] = judged.get(kind, 0) + len(ratios)
+            worse_here = [x["layer"] for x, r in zip(layers, ratios, strict=True) if r < 1 - _EQUAL]
+            lost.setdefault(kind, []).extend(f"{layer} of {name} ({form})" for layer in worse_here)
         seconds = [layer["seconds"]["aware"] for layer in layers]
         rows.append([*row, figure(median(seconds), 3), figure(max(seconds), 2)])
-    for of, words in (("fitted", "the samples it was fitted to"), ("held_out", "other samples")):
-        if judged[of]:
-            said = f"better or equal at {judged[of] - len(lost[of])} of {judged[of]} ({', '.join(LINEAR)})"
-            said += f"; not {', '.join(lost[of][:5])}" if lost[of] else ""
-            met = not lost[of] if of == "fitted" else None
-            found.append(Verdict(f"activation-aware beats plain SVD in output error on {words}", met, said))
+    words = {"fitted": "the samples it was fitted to", "held_out": "other samples"}
+    for (of, linear), count in sorted(judged.items(), key=lambda item: not item[0][1]):
+        bad = lost[of, linear]
+        said = f"better or equal at {count - len(bad)} of {count}" + (f"; not {', '.join(bad[:5])}" if bad else "")
+        forms = ", ".join(LINEAR) if linear else "other forms"
+        met = not bad if linear and of == "fitted" else None
+        found.append(Verdict(f"activation-aware not worse than plain on {words[of]}, {forms}", met, said))
     header = (
         "model", "form", "layers", "better", "equal", "worse", "ratio", "least", "better'", "equal'", "worse'",
         "ratio'", "least'", "s", "most s",
