@@ -239,9 +239,8 @@ class Factorize(Pass):
         for form in joint_forms(view) if self.planned or "joint" in self.forms else ():
             if self._allows(form) and all(_finite(view.node(name)) for name in form.nodes):
                 found[" + ".join(form.nodes)] = (form,)
-                for name in form.nodes:
-                    refused.pop(name, None)
-        return found, refused
+        covered = {name for forms in found.values() for form in forms for name in form.nodes}
+        return found, {name: reason for name, reason in refused.items() if name not in covered}
 
     def _allows(self, form: Form) -> bool:
         return not self.forms or form.name in self.forms
