@@ -87,7 +87,8 @@ class Search:
         by_noise: ``check`` holds plans against ``noise``; if not, against a metric, and noise only ranks plans.
         relative: how large a term is among others of its kind, see :meth:`Pass.relative`.
         whole: seconds of the whole model before; sites may share nodes, so theirs do not add up to it.
-        settle: makes a candidate up for what the pass did to it; returns it, or a better one.
+        settle: makes a candidate up for what the pass did to it; returns it, or a better one. Asked of every
+            candidate, and, with True, once more of the one that is kept: what takes long can wait until then.
         prices: what has been measured.
         impossible: terms that cannot be simulated.
         attempts: every plan that was built.
@@ -104,7 +105,7 @@ class Search:
     check: Callable[[ir.Model], Checked]
     samples: int = 1
     by_noise: bool = True
-    settle: Callable[[ir.Model], ir.Model] = lambda model: model
+    settle: Callable[[ir.Model, bool], ir.Model] = lambda model, last: model
     relative: Callable[[Term, Evidence], tuple[Hashable, float] | None] = lambda term, evidence: None
     whole: float = 0.0
 
@@ -159,7 +160,8 @@ class Search:
             plan = self._solve(limit)
         if best is None:
             return Found(None, _NO_PLAN, problem)
-        return Found(best[0], replace(best[1], price=self._price(best[1])), "", best[2])
+        built, sqnr = self._settled(best[0], best[2])
+        return Found(built, replace(best[1], price=self._price(best[1])), "", sqnr)
 
     def by_hand(self) -> Found:
         """The user's word: the strongest possible choice at every site; checked all the same."""
@@ -175,7 +177,16 @@ class Search:
         built, checked = self._try(plan)
         if checked.problem:
             return Found(None, _NO_PLAN, checked.problem)
-        return Found(built, plan, "", checked.min_sqnr_db)
+        built, sqnr = self._settled(built, checked.min_sqnr_db)
+        return Found(built, plan, "", sqnr)
+
+    def _settled(self, built: Built, sqnr: float) -> tuple[Built, float]:
+        """The candidate that is kept, settled for good where it then still holds."""
+        model = self.settle(built.model, True)
+        if model is built.model:
+            return built, sqnr
+        checked = self.check(model)
+        return (built, sqnr) if checked.problem else (replace(built, model=model), checked.min_sqnr_db)
 
     def _could_differ(self, plan: Plan) -> bool:
         """Whether any site of a plan could stay as it is or take another option, so that prices are of use."""
@@ -299,7 +310,7 @@ class Search:
         choices = tuple(plan.choices.values())
         built = build(self.model, self.pass_, choices, self.gather(choices))
         try:
-            built = replace(built, model=self.settle(built.model))
+            built = replace(built, model=self.settle(built.model, False))
             checked = self.check(built.model)
         except ModelRunError as error:
             checked = Checked(-math.inf, None, f"it does not run: {error.message}")

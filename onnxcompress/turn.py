@@ -279,8 +279,11 @@ class _Turn:
         self._conditions.progress("building and checking a plan", 0, None)
         return self._judge.check(candidate, self._share)
 
-    def _settler(self) -> Callable[[ir.Model], ir.Model]:
-        """Makes candidates up for what the pass did to this model, which is observed once."""
+    def _settler(self) -> Callable[[ir.Model, bool], ir.Model]:
+        """Makes candidates up for what the pass did to this model, which is observed once.
+
+        Where both models have to be run side by side, round after round, only the candidate that is kept is settled.
+        """
         known = Evidence(synthetic=self._data.synthetic)
         swept: set[Need] = set()
 
@@ -298,4 +301,10 @@ class _Turn:
         def quality(candidate: ir.Model) -> float:
             return self._judge.compare(candidate).min_sqnr_db
 
-        return lambda candidate: settled(candidate, self._pass, before, after, quality)
+        def settle(candidate: ir.Model, last: bool) -> ir.Model:
+            wanted = (n for needs in self._pass.settling(GraphView(candidate)) for n in needs)
+            if last is not any(isinstance(n, Pair) for n in wanted):
+                return candidate
+            return settled(candidate, self._pass, before, after, quality)
+
+        return settle
