@@ -34,6 +34,8 @@ DECIBELS: dict[str, tuple[float, ...]] = {
 WHOLE_FILE = {"lm": (0.9, 0.8)}
 """Models whose ladder is of all parameters; they are too slow to plan by measuring."""
 WHOLE_FILE_FORMS = "svd"
+WHOLE_FILE_OPTIONS = f"multiple=4,forms={WHOLE_FILE_FORMS}"
+"""Ranks in small steps, so that the share is met."""
 CALIBRATION = 64
 FEW = {"lm": (32, 12)}
 """Calibration and evaluation samples of models that take seconds a sample, where the command line says nothing."""
@@ -78,7 +80,7 @@ def curve(
         if name in WHOLE_FILE:
             keep = round(1 - (1 - rung) * size["parameters"] / size["factored"], 4)
         for candidate in arguments.candidates:
-            parts = (f"keep={keep}", CANDIDATES[candidate], forms and f"forms={forms}", arguments.options)
+            parts = (f"keep={keep}", CANDIDATES[candidate], forms and WHOLE_FILE_OPTIONS, arguments.options)
             text = ",".join(filter(None, parts))
             file = work / f"{candidate.replace(' ', '_')}_{rung:g}.onnx"
             points.append(LowRank(name, candidate, keep=rung, file=str(file)))
