@@ -233,32 +233,39 @@ class Pass(ABC):
         """
 
     @abstractmethod
-    def apply(self, choice: Choice, rewriter: Rewriter, evidence: Evidence) -> None:
+    def apply(self, choice: Choice, rewriter: Rewriter, evidence: Evidence) -> Choice | None:
         """Makes the choice.
+
+        Returns:
+            The choice that was really made, where only the evidence told what that is; None for the one asked for.
 
         Raises:
             Skip: on a second look it cannot be made; nothing may have been edited by then.
         """
 
-    def apply_all(self, choices: Sequence[Choice], rewriter: Rewriter, evidence: Evidence) -> Mapping[Choice, str]:
+    def apply_all(
+        self, choices: Sequence[Choice], rewriter: Rewriter, evidence: Evidence
+    ) -> Mapping[Choice, str | Choice]:
         """Makes several choices; by default one after the other with :meth:`apply`.
 
         For passes whose choices meet in the same tensors, so that each has to know of the others.
 
         Returns:
-            The choices that could not be made, and why.
+            Of choices that could not be made, why; of those that became others (:meth:`apply`), what was made.
         """
-        refused: dict[Choice, str] = {}
+        outcome: dict[Choice, str | Choice] = {}
         for choice in choices:
             edits = len(rewriter.log)
             try:
-                self.apply(choice, rewriter, evidence)
+                instead = self.apply(choice, rewriter, evidence)
+                if instead is not None:
+                    outcome[choice] = instead
             except Skip as skip:
                 if len(rewriter.log) != edits:
                     raise PassContractError(
                         f"pass {self.name!r} edited the model at {choice.site.key!r} and then refused: {skip.reason}"
                     ) from skip
-                refused[choice] = skip.reason
+                outcome[choice] = skip.reason
             except OnnxCompressError:
                 raise
             except Exception as error:  # a pass may be anybody's code: say whose and where
@@ -266,7 +273,7 @@ class Pass(ABC):
                     f"pass {self.name!r} broke at {choice.site.key!r}: {type(error).__name__}: {error}",
                     hint="report it to the author of the pass",
                 ) from error
-        return refused
+        return outcome
 
     def simulate(self, term: Term, rewriter: Rewriter, evidence: Evidence, target: Target, switch: ir.Value) -> bool:
         """Adds the distortion of ``term`` to a model where the boolean scalar ``switch`` is true.

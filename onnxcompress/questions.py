@@ -17,7 +17,7 @@ from onnxcompress.target import Target
 from onnxcompress.view import GraphView
 from onnxcompress.work import NodeWork, kinds_of, work_of
 
-__all__ = ["Offer", "ask", "explain", "offers"]
+__all__ = ["Offer", "ask", "explain", "offers", "option_of"]
 
 
 _HARDLY_FASTER = 0.8
@@ -169,6 +169,14 @@ class _Resizing:
         large = len(self._view.nodes()) > _LARGE
         shapes = {name: tuple(shape) for name, shape in changes.items()}
         return self._costing.reshaped(shapes, same_structure=large).cost().seconds
+
+
+def option_of(
+    choice: Choice, question: Question, view: GraphView, cost: CostModel, shapes: Mapping[str, tuple[int, ...]]
+) -> Option:
+    """A choice that nobody asked about and that was made all the same, priced like the others of its site."""
+    redrawing = _Redrawing(view, cost.for_model(view, shapes), shapes)
+    return Option(choice, question.seconds + (redrawing(question.site, choice) if choice.becomes else 0.0))
 
 
 class _Redrawing:

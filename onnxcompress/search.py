@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from onnxcompress.base import Choice, Pass, Term
 from onnxcompress.errors import ModelRunError
-from onnxcompress.planner import Plan, Question, ValueCost, solve
+from onnxcompress.planner import Option, Plan, Question, ValueCost, solve
 from onnxcompress.report import Attempt
 from onnxcompress.sensitivity import Prices
 from onnxcompress.statistics import Evidence
@@ -85,6 +85,7 @@ class Search:
         check: runs a candidate on held-out data.
         samples: to price terms on, at first.
         by_noise: ``check`` holds plans against ``noise``; if not, against a metric, and noise only ranks plans.
+        reprice: what a choice costs that no question offered.
         relative: how large a term is among others of its kind, see :meth:`Pass.relative`.
         whole: seconds of the whole model before; sites may share nodes, so theirs do not add up to it.
         settle: makes a candidate up for what the pass did to it; returns it, or a better one. Asked of every
@@ -106,6 +107,7 @@ class Search:
     samples: int = 1
     by_noise: bool = True
     settle: Callable[[ir.Model, bool], ir.Model] = lambda model, last: model
+    reprice: Callable[[Choice, Question], Option] | None = None
     relative: Callable[[Term, Evidence], tuple[Hashable, float] | None] = lambda term, evidence: None
     whole: float = 0.0
 
@@ -134,7 +136,7 @@ class Search:
             if not key or key in tried:
                 break
             tried.add(key)
-            built, checked = self._try(plan)
+            built, checked, plan = self._try(plan)
             if not checked.problem:
                 if best is None or self._seconds(plan) < self._seconds(best[1]):
                     best = built, plan, checked.min_sqnr_db
@@ -166,19 +168,32 @@ class Search:
     def by_hand(self) -> Found:
         """The user's word: the strongest possible choice at every site; checked all the same."""
         strongest = {q.site.key: q.options[-1] for q in self.questions if q.options}
-        before = sum(q.seconds for q in self.questions)
-        after = sum(strongest[q.site.key].seconds if q.site.key in strongest else q.seconds for q in self.questions)
-        gains = {
-            q.site.key: q.seconds - strongest[q.site.key].seconds
-            for q in self.questions
-            if q.site.key in strongest and not q.must
-        }
-        plan = Plan({k: o.choice for k, o in strongest.items()}, after, before, 0.0, gains)
-        built, checked = self._try(plan)
+        built, checked, plan = self._try(self._plan_of(strongest))
         if checked.problem:
             return Found(None, _NO_PLAN, checked.problem)
         built, sqnr = self._settled(built, checked.min_sqnr_db)
         return Found(built, plan, "", sqnr)
+
+    def _plan_of(self, options: Mapping[str, Option]) -> Plan:
+        """These options, whatever they cause."""
+        before = sum(q.seconds for q in self.questions)
+        after = sum(options[q.site.key].seconds if q.site.key in options else q.seconds for q in self.questions)
+        gains = {
+            q.site.key: q.seconds - options[q.site.key].seconds
+            for q in self.questions
+            if q.site.key in options and not q.must
+        }
+        return Plan({k: o.choice for k, o in options.items()}, after, before, 0.0, gains)
+
+    def _as_made(self, plan: Plan, built: Built) -> Plan:
+        """A plan some choices of which turned into others, or could not be made, when it was built."""
+        planned = set(plan.choices.values())
+        if self.reprice is None or all(choice in planned for choice in built.made):
+            return plan
+        by_key = {q.site.key: q for q in self.questions}
+        known = {o.choice: o for q in self.questions for o in q.options}
+        made = {c.site.key: known.get(c) or self.reprice(c, by_key[c.site.key]) for c in built.made}
+        return replace(self._plan_of(made), price=plan.price)
 
     def _settled(self, built: Built, sqnr: float) -> tuple[Built, float]:
         """The candidate that is kept, settled for good where it then still holds."""
@@ -306,9 +321,10 @@ class Search:
     def _price(self, plan: Plan) -> float:
         return sum(self.prices.get(t, 0.0) for t in _terms(plan))
 
-    def _try(self, plan: Plan) -> tuple[Built, Checked]:
+    def _try(self, plan: Plan) -> tuple[Built, Checked, Plan]:
         choices = tuple(plan.choices.values())
         built = build(self.model, self.pass_, choices, self.gather(choices))
+        plan = self._as_made(plan, built)
         try:
             built = replace(built, model=self.settle(built.model, False))
             checked = self.check(built.model)
@@ -325,7 +341,7 @@ class Search:
                 verdict=checked.problem or "accepted",
             )
         )
-        return built, checked
+        return built, checked, plan
 
 
 def _power(checked: Checked) -> float:

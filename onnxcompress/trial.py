@@ -52,9 +52,11 @@ def build(model: ir.Model, pass_: Pass, choices: Iterable[Choice], evidence: Evi
     forget_notes(copy)
     rewriter = Rewriter(copy)
     wanted = tuple(choices)
-    refused = pass_.apply_all(wanted, rewriter, evidence)
+    outcome = pass_.apply_all(wanted, rewriter, evidence)
     rewriter.drop_unused_weights()
-    made = tuple(c for c in wanted if c not in refused)
+    refused = {choice: reason for choice, reason in outcome.items() if isinstance(reason, str)}
+    instead = {choice: other for choice, other in outcome.items() if isinstance(other, Choice)}
+    made = tuple(instead.get(c, c) for c in wanted if c not in refused)
     return Built(copy, made, tuple(Skipped(c.site.key, reason) for c, reason in refused.items()), rewriter.told)
 
 

@@ -16,7 +16,7 @@ from onnxcompress.data import Source
 from onnxcompress.judge import Judge
 from onnxcompress.paired import cross_moments
 from onnxcompress.planner import Plan
-from onnxcompress.questions import Offer, ask, explain, offers
+from onnxcompress.questions import Offer, ask, explain, offers, option_of
 from onnxcompress.report import Added, Attempt, PassReport, SiteReport
 from onnxcompress.search import Checked, Found, Search
 from onnxcompress.sensitivity import Prices, measure_prices
@@ -210,6 +210,9 @@ class _Turn:
         search.by_noise = self._judge.by_noise
         search.settle = self._settler()
         search.relative = pass_.relative
+        search.reprice = lambda choice, question: option_of(
+            choice, question, self._view, self._conditions.cost, self._shapes
+        )
         found = search.by_hand() if by_hand and not pass_.planned else search.run()
         sites = explain(
             pass_,

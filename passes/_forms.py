@@ -100,6 +100,10 @@ class Form(ABC):
         Without evidence (``evidence.has(need)`` is False, or ``evidence.synthetic``) all features count alike.
         """
 
+    def losses(self, rungs: Sequence[Ranks], evidence: Evidence, settings: Settings) -> dict[Ranks, float]:
+        """What is lost at each of several ranks; by working out their factors, where a form knows no quicker way."""
+        return {ranks: self.factors(ranks, evidence, settings).lost for ranks in rungs}
+
     def remembered(self, moments: SecondMoments | None, settings: Settings, make: Callable[[], T]) -> T:
         """What serves all ranks, made once; that of the form asked last is kept, so memory does not grow."""
         return _latest.get(self, moments, settings, make)

@@ -10,7 +10,7 @@ lost because others are louder.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ import onnx_ir as ir
 from onnxcompress.base import Skip
 from onnxcompress.passes._constant_sum import is_free
 from onnxcompress.passes._forms import Factors, Form, Ranks, Settings
-from onnxcompress.passes._low_rank import basis, lost, metric
+from onnxcompress.passes._low_rank import Basis, basis, lost, metric
 from onnxcompress.passes._readers import bias_place
 from onnxcompress.sketch import Drawn, Slot
 from onnxcompress.statistics import Evidence, Need, SecondMoments, Statistic
@@ -135,6 +135,25 @@ def layer_of(node: ir.Node, view: GraphView) -> Layer:
     )
 
 
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """What serves all ranks.
+
+    Attributes:
+        basis: of the layers on top of each other.
+        stacked: their weights, each divided by the size of its output.
+        second: moments that errors are counted by.
+        sizes: of the outputs.
+        mean: of the features, where biases take up the mean of what is lost.
+    """
+
+    basis: Basis
+    stacked: Array
+    second: Array
+    sizes: tuple[float, ...]
+    mean: Array | None
+
+
 @dataclass(eq=False)
 class _Products(Form):
     """Layers that read the same value through one V."""
@@ -171,18 +190,29 @@ class _Products(Form):
         inputs = (inner, slot) if bias is None else (inner, slot, bias)
         return Drawn("Gemm", inputs, (layer.result,), layer.attributes)
 
-    def factors(self, ranks: Ranks, evidence: Evidence, settings: Settings) -> Factors:
+    def losses(self, rungs: Sequence[Ranks], evidence: Evidence, settings: Settings) -> dict[Ranks, float]:
+        found = self._found(evidence, settings)
+        return {ranks: found.basis.lost(ranks[0]) for ranks in rungs}
+
+    def _found(self, evidence: Evidence, settings: Settings) -> _Found:
+        """What serves all ranks."""
         moments = self.layers[0].moments(evidence) if settings.aware else None
+        return self.remembered(moments, settings, lambda: self._look(moments, settings))
+
+    def _look(self, moments: SecondMoments | None, settings: Settings) -> _Found:
         centred = moments is not None and all(layer.shiftable for layer in self.layers)
         seen = None if moments is None else moments.covariance if centred else moments.matrix
         weights = [layer.weight() for layer in self.layers]
-        rank = ranks[0]
         second = metric(seen, self.layers[0].features, settings.ridge)
-        loud = [_size(w, second) for w in weights] if len(weights) > 1 else [1.0]
-        stacked = np.concatenate([w / size for w, size in zip(weights, loud, strict=True)]) if loud[1:] else weights[0]
-        found = self.remembered(moments, settings, lambda: basis(stacked, second))
-        left, right = found.cut(rank)
-        error = lost(stacked, left @ right, second if seen is None else seen)
+        sizes = [_size(w, second) for w in weights] if len(weights) > 1 else [1.0]
+        stacked = np.concatenate([w / size for w, size in zip(weights, sizes, strict=True)])
+        mean = moments.mean if moments is not None and centred else None
+        return _Found(basis(stacked, second), stacked, second if seen is None else seen, tuple(sizes), mean)
+
+    def factors(self, ranks: Ranks, evidence: Evidence, settings: Settings) -> Factors:
+        found = self._found(evidence, settings)
+        left, right = found.basis.cut(ranks[0])
+        error = lost(found.stacked, left @ right, found.second)
         made: dict[Slot, npt.NDArray[np.float32]] = {}
         shifts: dict[str, Array] = {}
         start = 0
@@ -190,18 +220,19 @@ class _Products(Form):
         slot = drawing[0].inputs[0 if self.layers[0].left else 1]
         if isinstance(slot, Slot):
             made[slot] = _as_stored(right if self.layers[0].left else right.T)
-        for drawn, layer, weight, size in zip(drawing[1:], self.layers, weights, loud, strict=True):
-            own = left[start : start + layer.outputs] * size
+        for drawn, layer, size in zip(drawing[1:], self.layers, found.sizes, strict=True):
+            rows = slice(start, start + layer.outputs)
             start += layer.outputs
+            own = left[rows] * size
             shift = np.zeros(layer.outputs)
-            if moments is not None and centred:
-                shift = (weight - own @ right) @ moments.mean
+            if found.mean is not None:
+                shift = (found.stacked[rows] * size - own @ right) @ found.mean
             for read in drawn.inputs:
                 if isinstance(read, Slot) and read.name.startswith("U"):
                     made[read] = _as_stored(own if layer.left else own.T)
                 elif isinstance(read, Slot):
                     made[read] = (_offset(layer) + shift).astype(np.float32)
-            if layer.op == "MatMul" and centred:
+            if layer.op == "MatMul" and found.mean is not None:
                 shifts[layer.result] = shift
         return Factors(made, error, shifts)
 

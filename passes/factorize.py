@@ -36,6 +36,7 @@ from onnxcompress.passes._constant_sum import absorb
 from onnxcompress.passes._conv_forms import conv_forms
 from onnxcompress.passes._forms import Factors, Form, Ranks, Settings
 from onnxcompress.passes._int8 import calibrated_name, gate_on_top
+from onnxcompress.passes._portions import Cut, shared_out
 from onnxcompress.passes._product_forms import joint_forms, product_forms
 from onnxcompress.passes._readers import bias_place
 from onnxcompress.passes._recurrent_forms import recurrent_forms
@@ -81,21 +82,6 @@ class Method(StrEnum):
     """The weights alone: the truncated singular value decomposition."""
 
 
-@dataclass(frozen=True, eq=False)
-class Cut:
-    """One form of one layer at one rank.
-
-    Attributes:
-        form: which.
-        ranks: at which.
-        energy: the rank is the smallest that keeps this share of the output's energy; ``ranks`` are the largest.
-    """
-
-    form: Form
-    ranks: Ranks
-    energy: float | None = None
-
-
 @dataclass(frozen=True, order=True)
 class _Loss(Term):
     """What a cut loses."""
@@ -113,6 +99,7 @@ class Factorize(Pass):
         rank: of every layer, as far as it saves weights there.
         ranks: of single layers, as ``node=32``; others are left alone unless ``rank`` or ``keep`` is given, too.
         keep: share of each layer's weights to keep.
+        together: ``keep`` is a share of the weights of all layers together, and those keep more that would lose more.
         energy: share of the energy of each layer's output to keep, at the smallest rank that does.
         layers: only these nodes; all by default.
         forms: only these; all that fit by default.
@@ -128,6 +115,7 @@ class Factorize(Pass):
     rank: int | None = None
     ranks: tuple[str, ...] = ()
     keep: float | None = None
+    together: bool = False
     energy: float | None = None
     layers: tuple[str, ...] = ()
     forms: tuple[str, ...] = ()
@@ -145,6 +133,8 @@ class Factorize(Pass):
             ) from None
         if sum(o is not None for o in (self.rank, self.keep, self.energy)) > 1:
             raise PassOptionError("factorize: more than one of rank, keep and energy is given", hint="choose one")
+        if self.together and self.keep is None:
+            raise PassOptionError("factorize: together is given without keep", hint="say which share, as keep=0.8")
         if self.rank is not None and self.rank < 1:
             raise PassOptionError(f"factorize: rank is {self.rank}", hint="choose 1 or more")
         for name, share in (("keep", self.keep), ("energy", self.energy)):
@@ -281,9 +271,12 @@ class Factorize(Pass):
             else:
                 raise Skip("no rank is given for it")
             if ranks is not None and form.weights(ranks) < form.old_weights:
-                cuts.append(Cut(form, ranks, self.energy))
+                cuts.append(Cut(form, ranks, self.energy, self.keep if self.together else None, step))
+        if len(cuts) == 1:
+            return cuts[0]
         if cuts:
-            return min(cuts, key=lambda cut: cut.form.factors(cut.ranks, Evidence(), Settings(False)).lost)
+            with threadpool_limits(1, "blas"):
+                return min(cuts, key=lambda cut: cut.form.factors(cut.ranks, Evidence(), Settings(False)).lost)
         most = max((max(f.most) for f in forms), default=0)
         if wanted is not None and site.key in self._named:
             problem = (
@@ -297,7 +290,11 @@ class Factorize(Pass):
     def _choice(self, site: Site, cut: Cut) -> Choice:
         form, ranks = cut.form, cut.ranks
         size = _text(ranks)
-        name = f"{form.name} {size}" if cut.energy is None else f"{form.name}, {cut.energy:.4g} of the energy"
+        name = f"{form.name} {size}"
+        if cut.energy is not None:
+            name = f"{form.name}, {cut.energy:.4g} of the energy"
+        elif cut.share is not None:
+            name = f"{form.name}, its part of {cut.share:.4g} of all weights"
         return Choice(
             site,
             name,
@@ -314,14 +311,32 @@ class Factorize(Pass):
 
     # --- writing -----------------------------------------------------------------------------------
 
-    def apply(self, choice: Choice, rewriter: Rewriter, evidence: Evidence) -> None:
+    def apply_all(
+        self, choices: Sequence[Choice], rewriter: Rewriter, evidence: Evidence
+    ) -> Mapping[Choice, str | Choice]:
+        shared = [choice for choice in choices if _cut(choice).share is not None]
+        if not shared:
+            return super().apply_all(choices, rewriter, evidence)
+        with threadpool_limits(1, "blas"):
+            found = shared_out([_cut(c) for c in shared], evidence, self._settings)
+        given: dict[Choice, Choice] = {}
+        outcome: dict[Choice, str | Choice] = {}
+        for choice, ranks in zip(shared, found, strict=True):
+            if ranks is None:
+                outcome[choice] = "it would lose more than the other layers: all of its weights are kept"
+            else:
+                given[choice] = self._choice(choice.site, Cut(_cut(choice).form, ranks))
+        made = super().apply_all(list(given.values()), rewriter, evidence)
+        return outcome | {choice: made.get(other, other) for choice, other in given.items()}
+
+    def apply(self, choice: Choice, rewriter: Rewriter, evidence: Evidence) -> Choice | None:
         cut = _cut(choice)
         form = cut.form
         with threadpool_limits(1, "blas"):
             ranks = self._ranks(cut, evidence)
             factors = form.factors(ranks, evidence, self._settings)
         if cut.energy is not None:
-            rewriter.tell(choice.site.key, f"rank {_text(ranks)} keeps {1 - factors.lost:.4g} of its output's energy")
+            rewriter.tell(choice.site.key, f"it keeps {1 - factors.lost:.4g} of its output's energy")
         if self.method is Method.ACTIVATION and (remark := _on_what(form, evidence)):
             rewriter.tell(choice.site.key, remark)
         nodes = [rewriter.node(name) for name in form.nodes]
@@ -338,6 +353,7 @@ class Factorize(Pass):
         rewriter.remove_unused(*read)
         if len(nodes) > 1:
             rewriter.sort()
+        return None if cut.energy is None else self._choice(choice.site, Cut(form, ranks))
 
     def _ranks(self, cut: Cut, evidence: Evidence) -> Ranks:
         """Those of a cut; by energy the smallest that keep enough."""

@@ -249,7 +249,9 @@ class PruneChannels(Pass):
     def apply(self, choice: Choice, rewriter: Rewriter, evidence: Evidence) -> None:
         self.apply_all([choice], rewriter, evidence)
 
-    def apply_all(self, choices: Sequence[Choice], rewriter: Rewriter, evidence: Evidence) -> Mapping[Choice, str]:
+    def apply_all(
+        self, choices: Sequence[Choice], rewriter: Rewriter, evidence: Evidence
+    ) -> dict[Choice, str | Choice]:
         cuts = [_cut(choice) for choice in choices]
         keeps = {cut.group: self._kept(cut, rewriter, evidence) for cut in cuts}
         if cuts:

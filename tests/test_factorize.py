@@ -223,10 +223,33 @@ def test_energy_finds_the_smallest_rank_that_keeps_it() -> None:
     evidence = learn(pass_, model, data)
     built = build(model, pass_, [choice], evidence)
     rank = built.model.graph[0].inputs[1].shape[1]
+    (instead,) = built.made
+    assert instead.name == f"svd {rank}" and instead.bytes_saved == 4 * (ROWS * WIDE - rank * (ROWS + WIDE))
     (form,) = pass_._found(view)[0]["m"]
     lost = {r: form.factors((r,), evidence, pass_._settings).lost for r in (rank, rank - 1)}
     assert lost[rank] <= 0.01 < lost[rank - 1]
-    assert built.told["m"].startswith(f"rank {rank} keeps 0.99")
+    assert built.told["m"].startswith("it keeps 0.99")
+
+
+def test_a_share_of_all_weights_goes_where_least_is_lost(tmp_path: Path) -> None:
+    path, data = deep(tmp_path), feeds(count=12)
+    results = {}
+    for together in ("true", "false"):
+        results[together] = onnxcompress.optimize(
+            path, calibration=data, passes=[parse(f"factorize{{keep=0.4,together={together},recover=false}}")],
+            budget=Budget(min_sqnr_db=-99.0), timing=False,
+        )  # fmt: skip
+    report = results["true"].report
+    fates = {s.key: (s.decision, s.reason) for s in report.sites if s.key in "ady"}
+    assert fates["a"][0].startswith("svd") and fates["d"][0].startswith("svd")  # of hidden low rank
+    assert fates["y"] == ("keep", "it would lose more than the other layers: all of its weights are kept")
+    saved = sum(s.bytes_saved for s in report.sites)
+    assert saved == models.weight_bytes(models.load(path)) - models.weight_bytes(results["true"].model)
+    assert saved >= 0.6 * 4 * (64 * 512 + 512 * 512 + 512 * 64)
+    better, worse = (results[k].report.totals.comparison.min_sqnr_db for k in ("true", "false"))
+    assert better > worse + 10
+    (done,) = (p for p in report.passes if p.name == "factorize")
+    assert done.added is not None and done.added.weight_bytes == saved
 
 
 # --- what is refused --------------------------------------------------------------------------
@@ -259,6 +282,7 @@ OPTIONS = {
     "keep=1.0": "above 0 and below 1",
     "energy=0.0": "above 0 and below 1",
     "rank=4,keep=0.5": "more than one",
+    "together=true": "which share",
     "ranks=[fc1]": "node=rank",
     "ranks=[fc1=0]": "node=rank",
     "multiple=0": "1 or more",
