@@ -66,6 +66,13 @@ class _State:
     rewrites: tuple[PassReport, ...] = ()
     sites: tuple[SiteReport, ...] = ()
 
+    def with_dropped(self, tried: _State, reason: str) -> _State:
+        """This one, with what was tried and is not kept on record."""
+        rows = (replace(r, changed=0, outcome="dropped", reason=reason, added=None) if r.changed else r
+                for r in tried.rewrites)  # fmt: skip
+        sites = (s if s.decision == KEEP else replace(s, decision=KEEP, reason=reason) for s in tried.sites)
+        return replace(self, rewrites=(*self.rewrites, *rows), sites=(*self.sites, *sites))
+
 
 class Job:
     """One run: what stays the same while models come and go."""
@@ -138,44 +145,49 @@ class Job:
         others = [p for p in passes if p not in fitted]
         base = _State(self.normalised)
         self._in_turn(base, others, 1.0, by_hand=by_hand, float_only=float_only)
+        share = self.judge.left(self.result) if fitted and self.result is not self.normalised else 1.0
+        if share >= _WORTH_TRYING:
+            self._try_first(fitted, _CAUTION * share, base, others, float_only=float_only)
+            return
+        used = f"other rewrites pay more and leave {share:.0%} of the accuracy budget: too little for this one"
         for pass_ in fitted:
-            share = 1.0 if self.result is self.normalised else self.judge.left(self.result)
-            if share < _WORTH_TRYING:
-                self._not_tried(pass_, share)
-            else:
-                base = self._try_first(pass_, _CAUTION * share, base, others, float_only=float_only)
+            self._not_tried(pass_, used)
 
     def _try_first(
-        self, pass_: Pass, share: float, base: _State, others: Sequence[Pass], *, float_only: bool
-    ) -> _State:
-        """Tries a pass before the others and keeps it where the whole is faster with it.
+        self, fitted: Sequence[Pass], share: float, base: _State, others: Sequence[Pass], *, float_only: bool
+    ) -> None:
+        """Tries passes before the others, one after the other, and keeps the first with which the whole is faster.
+
+        Factors of what was pruned, or the other way round, are for who names both.
 
         Args:
-            pass_: the pass.
-            share: of the budget that it may use.
-            base: what earlier passes that were kept so left.
+            fitted: the passes.
+            share: of the budget that one may use.
+            base: what they find.
             others: those that run after it.
             float_only: only choices that leave the kernels float.
-
-        Returns:
-            What those kept have left now.
         """
         before, seconds = self._state, self._cost_of_result()
-        self._in_turn(base, [pass_], share, by_hand=False, float_only=float_only)
-        tried = self._state
-        if tried.model is not base.model:
-            self._in_turn(tried, others, 1.0, by_hand=False, float_only=float_only)
-            if self._cost_of_result() < _WORTH_KEEPING * seconds and not self.judge.check(self.result).problem:
-                return tried
+        dropped: list[_State] = []
+        waiting = list(fitted)
+        kept: _State | None = None
+        while waiting and kept is None:
+            self._in_turn(base, [waiting.pop(0)], share, by_hand=False, float_only=float_only)
+            tried = self._state
+            if tried.model is not base.model:
+                self._in_turn(tried, others, 1.0, by_hand=False, float_only=float_only)
+                if self._cost_of_result() < _WORTH_KEEPING * seconds and not self.judge.check(self.result).problem:
+                    kept = self._state
+                    break
+            dropped.append(tried)
+        self.data.forget()
         slower = f"with it the whole is predicted to take {1e3 * seconds:.3g} ms or more, as without it"
-        report = tried.rewrites[-1]
-        dropped = replace(report, changed=0, outcome="dropped", reason=slower, added=None) if report.changed else report
-        sites = tuple(
-            s if s.decision == KEEP else replace(s, decision=KEEP, reason=slower)
-            for s in tried.sites[len(base.sites) :]
-        )
-        self._restore(replace(before, rewrites=(*before.rewrites, dropped), sites=(*before.sites, *sites)))
-        return base
+        result = before if kept is None else kept
+        for state in dropped:
+            result = result.with_dropped(state, slower)
+        self._restore(result)
+        for pass_ in waiting:
+            self._not_tried(pass_, "another family that is fitted to samples is in its place; name both to have both")
 
     @property
     def _state(self) -> _State:
@@ -185,11 +197,10 @@ class Job:
         self.result, self.saved = state.model, state.saved
         self.rewrites, self.sites = list(state.rewrites), list(state.sites)
 
-    def _not_tried(self, pass_: Pass, share: float) -> None:
-        """Says of every site of a pass that the others left nothing for it."""
+    def _not_tried(self, pass_: Pass, reason: str) -> None:
+        """Says of every site of a pass why it was not tried."""
         view = GraphView(self.normalised, self.shapes)
         offer = offers(pass_, view, self.target, synthetic=self.source.synthetic)
-        reason = f"other rewrites pay more and leave {share:.0%} of the accuracy budget: too little for this one"
         ops = {str(n.name): n.op_type for n in view.nodes()}
         self.sites += [SiteReport(pass_.name, s.key, ops.get(s.key, ""), KEEP, s.reason) for s in offer.skipped]
         self.sites += [SiteReport(pass_.name, s.key, ops.get(s.key, ""), KEEP, reason) for s in offer.choices]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from weakref import ref
 
 import onnx_ir as ir
 
@@ -53,6 +55,30 @@ class Calibrator:
 
     def __init__(self, source: Source, progress: Progress) -> None:
         self.source, self._progress = source, progress
+        self._kept: tuple[ref[ir.Model], Evidence] | None = None
+
+    @cached_property
+    def apart(self) -> tuple[Source, Source]:
+        """Samples that choices are priced on, and others that weights are fitted to: on those they look better."""
+        return self.source.apart(FEW)
+
+    def fitting(self, model: ir.Model, needs: Collection[Need]) -> Evidence:
+        """What was asked for, of the samples that weights are fitted to; remembered for one model until told to forget.
+
+        Passes that are tried on the same model ask for much the same, and a sweep for second moments takes long.
+        """
+        known = Evidence(synthetic=self.synthetic)
+        if self._kept is not None and self._kept[0]() is model:
+            known = self._kept[1]
+        missing = [n for n in needs if not known.has(n)]
+        if missing:
+            known = known.joined(self.observe(model, missing, source=self.apart[1]))
+            self._kept = ref(model), known
+        return known
+
+    def forget(self) -> None:
+        """Lets go of what was remembered."""
+        self._kept = None
 
     @property
     def synthetic(self) -> bool:
@@ -180,9 +206,7 @@ class _Turn:
         self._swept: set[Need] = set()
         self._plans: set[Choice] = set()
         observed = {n.statistic for choices in offer.choices.values() for n in pass_.needs(choices[0], view)}
-        # What is fitted to samples looks better on them than it is.
-        apart = Statistic.GRAM in observed
-        self._pricing, self._fitting = self._data.source.apart(FEW) if apart else (self._data.source,) * 2
+        self._apart = Statistic.GRAM in observed  # it fits weights
 
     def run(self, *, by_hand: bool) -> Turn:
         """Prices, searches, builds."""
@@ -260,11 +284,14 @@ class _Turn:
                 others = (o.choice for q in self._questions if q.site.key in keys for o in q.options)
                 missing |= {n for c in others for n in pass_.needs(c, view)} - self._swept
             self._swept.update(missing)
-            self._known = self._known.joined(self._data.observe(self._model, missing, source=self._fitting))
+            self._known = self._known.joined(self._observe(missing))
         return self._known
 
+    def _observe(self, needs: Collection[Need]) -> Evidence:
+        return self._data.fitting(self._model, needs) if self._apart else self._data.observe(self._model, needs)
+
     def _price(self, terms: Sequence[Term], evidence: Evidence, samples: int) -> Prices:
-        feeds = list(self._pricing.take(samples))
+        feeds = list((self._data.apart[0] if self._apart else self._data.source).take(samples))
         whole = {t: self._whole[t] for t in terms if t in self._whole}
 
         def tick(done: int, total: int) -> None:

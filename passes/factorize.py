@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, S
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 import onnx_ir as ir
@@ -148,6 +148,11 @@ class Factorize(Pass):
             if form not in NAMES:
                 raise PassOptionError(f"factorize: there is no form {form!r}", hint=suggest(form, NAMES))
         _ = self._named
+
+    @classmethod
+    def by_default(cls) -> Self:
+        """Nothing is refitted in sequence where nobody asked: it takes as long as all the rest."""
+        return cls(recover=False)
 
     @property
     def planned(self) -> bool:
