@@ -54,7 +54,9 @@ _SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.125)
 _LEAST_WEIGHTS = 4096
 """Layers with fewer are left alone: nodes cost more than they save."""
 _STEPS = 4
-"""A layer has at least so many ranks to choose from; steps are halved until it has."""
+"""A layer has at least so many ranks to choose from; steps are halved until it has,"""
+_LEAST_STEP = 4
+"""but not below this: counts of channels that 4 does not divide fall off every fast path."""
 
 FORMS: Mapping[str, Callable[[ir.Node, GraphView], tuple[Form, ...]]] = {
     "MatMul": product_forms,
@@ -254,7 +256,7 @@ class Factorize(Pass):
         if self.multiple is not None:
             return self.multiple
         step = target.channel_multiple
-        while step > 1 and step * _STEPS > min((min(f.most) for f in forms), default=0):
+        while step > _LEAST_STEP and step * _STEPS > min((min(f.most) for f in forms), default=0):
             step //= 2
         return step
 
