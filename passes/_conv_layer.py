@@ -28,6 +28,7 @@ from onnxcompress.base import Skip
 from onnxcompress.errors import PassError
 from onnxcompress.passes._forms import Settings
 from onnxcompress.passes._low_rank import metric
+from onnxcompress.passes._ridge import part, trusted_ridge
 from onnxcompress.sketch import Drawn, Slot
 from onnxcompress.statistics import Evidence, Need, Patches, SecondMoments, Statistic
 from onnxcompress.view import GraphView
@@ -240,16 +241,27 @@ class ConvLayer:
         if found is None:
             return (Seen(shape, None, None, settings.ridge),) * self.groups
         width, groups = len(found.mean) // self.groups, []
+        ridge = self._ridge(found, settings, width)
         for start in range(0, len(found.mean), width):
             own = slice(start, start + width)
             matrix, mean = found.matrix[own, own], found.mean[own]
             if not self.bias_is_free:
-                groups.append(Seen(shape, matrix, None, settings.ridge))
+                groups.append(Seen(shape, matrix, None, ridge))
                 continue
             # where only channels were seen, zeros around x are not known of: all taps have the same mean
             whole = mean if width > self.channels else np.repeat(mean, self.taps)
-            groups.append(Seen(shape, matrix - np.outer(mean, mean), whole, settings.ridge))
+            groups.append(Seen(shape, matrix - np.outer(mean, mean), whole, ridge))
         return tuple(groups)
+
+    def _ridge(self, found: SecondMoments, settings: Settings, width: int) -> float:
+        """As asked for, or more where few rows were seen; that of one group serves all."""
+        weight, own = self.weight()[0].reshape(self.outputs, self.channels, self.taps), slice(0, width)
+        rows = weight.reshape(self.outputs, -1)
+        if width < rows.shape[1]:
+            rows = weight.swapaxes(1, 2).reshape(-1, width)
+        if self.groups > 1:
+            found = part(found, own)
+        return trusted_ridge(rows, found, settings.ridge, centred=self.bias_is_free, layer=self.name)
 
 
 def conv_layer(node: ir.Node, view: GraphView) -> ConvLayer:

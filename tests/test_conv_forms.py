@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -22,6 +23,7 @@ from onnxcompress.errors import PassError
 from onnxcompress.passes._conv_forms import conv_forms
 from onnxcompress.passes._conv_layer import conv_layer
 from onnxcompress.passes._forms import Factors, Form, Ranks, Settings
+from onnxcompress.passes._ridge import trusted_ridge
 from onnxcompress.rewrite import Rewriter
 from onnxcompress.sketch import draw
 from onnxcompress.statistics import Evidence
@@ -222,8 +224,8 @@ def test_to_know_what_is_read_never_loses_more(name: str, seed: int) -> None:
 @pytest.mark.parametrize("taps", [1, 3])
 def test_the_channel_form_is_at_the_optimum(taps: int) -> None:
     """Singular values of W L, L L' = S, that are left out: no weight of that rank loses less."""
-    model = convolution(normal(5, OUT, IN, taps, taps), (9, 9), "", normal(9, OUT))
-    feeds = images(30, IN, (9, 9))
+    model = convolution(normal(5, OUT, IN, taps, taps), (31, 31), "", normal(9, OUT))
+    feeds = images(30, IN, (31, 31))  # twenty rows a feature and more: the ridge is the one asked for
     form = next(iter(forms_of(model).values()))
     evidence = learned(model, form, feeds)
     seen = evidence.second_moments(form.needs()[0])
@@ -284,12 +286,12 @@ def test_wide_windows_are_seen_by_channel() -> None:
 
 def test_a_bias_that_is_worked_out_stays_where_it_is() -> None:
     weight = normal(1, OUT, IN, 3, 3)
-    body = """g (float[2,10,9,9] x, float[12] c) => (float[2,12,7,7] y) {
+    body = """g (float[2,10,31,31] x, float[12] c) => (float[2,12,29,29] y) {
       b = Relu (c)  y = Conv (x, w, b) }"""
     model = named(body, {"w": weight})
     form = forms_of(model)["channel"]
     assert form.drawing((3,))[-1].inputs[2] == "b"
-    feeds = [{**f, "c": normal(i, OUT)} for i, f in enumerate(images(30, IN, (9, 9)))]
+    feeds = [{**f, "c": normal(i, OUT)} for i, f in enumerate(images(30, IN, (31, 31)))]
     evidence = learned(model, form, feeds)
     factors = form.factors((3,), evidence, EXACT)
     assert "bias" not in {slot.name for slot in factors.weights}
@@ -412,6 +414,34 @@ def test_fewer_rows_than_features_are_regularized(name: str) -> None:
         factors = form.factors(SOME[name], learned(model, form, feeds), Settings())
     assert all(np.isfinite(a).all() and np.abs(a).max() < 1e3 for a in factors.weights.values())
     assert share(model, written(model, form, factors, SOME[name]), feeds, centred=True) < 0.2
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_few_rows_are_trusted_less(few: bool) -> None:
+    """Where rows are few, the ridge is one that loses less on others; where they are many, the one asked for."""
+    channels, size = (40, (3, 4)) if few else (10, (20, 20))
+    weight = normal(5, 48, channels, 1, 1)
+    model = convolution(weight, size, "", normal(9, 48))
+    form = forms_of(model)["svd"]
+    feeds = [{"x": normal(30 + i, 2, channels, *size)} for i in range(8)]  # all directions count alike, in truth
+    seen, fresh = (learned(model, form, part) for part in (feeds[:4], feeds[4:]))
+    rows = weight.reshape(48, -1).astype(np.float64)
+    found = trusted_ridge(rows, seen.second_moments(form.needs()[0]), 1e-4, centred=True, layer="y")
+    assert (found > 1e-4) == few
+    if few:
+        rank, unseen = (10,), fresh.second_moments(form.needs()[0]).covariance
+
+        def lost(factors: Factors) -> float:
+            first, last = (a for slot, a in factors.weights.items() if slot.name != "bias")
+            change = rows - last.reshape(48, -1).astype(np.float64) @ first.reshape(10, -1)
+            return float(np.vdot(change @ unseen, change))
+
+        moments = seen.second_moments(form.needs()[0])
+        blind = Evidence(
+            grams={form.needs()[0]: replace(moments, matrix=moments.matrix.copy(), first=None)}
+        )  # no halves: nothing to check on
+        trusting, careful = (form.factors(rank, e, Settings()) for e in (blind, seen))
+        assert lost(careful) < lost(trusting)
 
 
 # --- any shape -------------------------------------------------------------------------------------
