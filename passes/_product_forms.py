@@ -22,6 +22,7 @@ from onnxcompress.passes._constant_sum import is_free
 from onnxcompress.passes._forms import Factors, Form, Ranks, Settings
 from onnxcompress.passes._low_rank import Basis, basis, lost, metric
 from onnxcompress.passes._readers import bias_place
+from onnxcompress.passes._ridge import trusted_ridge
 from onnxcompress.sketch import Drawn, Slot
 from onnxcompress.statistics import Evidence, Need, SecondMoments, Statistic
 from onnxcompress.view import GraphView
@@ -203,7 +204,10 @@ class _Products(Form):
         centred = moments is not None and all(layer.shiftable for layer in self.layers)
         seen = None if moments is None else moments.covariance if centred else moments.matrix
         weights = [layer.weight() for layer in self.layers]
-        second = metric(seen, self.layers[0].features, settings.ridge)
+        ridge = settings.ridge
+        if moments is not None:  # that of the first serves all: it is their input of which little was seen
+            ridge = trusted_ridge(weights[0], moments, ridge, centred=centred, layer=self.nodes[0])
+        second = metric(seen, self.layers[0].features, ridge)
         sizes = [_size(w, second) for w in weights] if len(weights) > 1 else [1.0]
         stacked = np.concatenate([w / size for w, size in zip(weights, sizes, strict=True)])
         mean = moments.mean if moments is not None and centred else None

@@ -36,12 +36,17 @@ def trusted_ridge(weight: Array, moments: SecondMoments, wanted: float, *, centr
     Args:
         weight: W, (outputs, features).
         moments: of the features.
-        wanted: relative to the mean of the diagonal.
+        wanted: relative to the mean of the diagonal; 0 is taken at its word.
         centred: a bias makes up for the mean.
         layer: whose weight it is; all forms of a layer have the same ridge.
     """
     halves = moments.halves
-    if halves is None or moments.count >= _ENOUGH_ROWS * len(moments.mean) or not np.isfinite(weight).all():
+    if (
+        wanted == 0
+        or halves is None
+        or moments.count >= _ENOUGH_ROWS * len(moments.mean)
+        or not np.isfinite(weight).all()
+    ):
         return wanted
     key = layer, id(moments.matrix)
     known = _known.get(key)

@@ -108,7 +108,8 @@ class Factorize(Pass):
         method: what factors are measured by.
         recover: refit what stands second in every pair, in sequence, to what the original gives there.
         multiple: ranks are multiples of this; by default of what the profile says.
-        ridge: weight of what calibration did not see, relative to the mean of what it saw.
+        ridge: weight of what calibration did not see, relative to the mean of what it saw; more is taken where few rows
+            were seen and that loses less on samples that were not fitted to, except of 0.
     """
 
     name: ClassVar[str] = "factorize"
