@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import text
 
+from onnxcompress import model as models
 from onnxcompress.base import Choice, Pass, Site, Skip, Skipped, Term
 from onnxcompress.errors import ModelRunError
 from onnxcompress.planner import Option, Question
@@ -303,3 +304,55 @@ def test_whatever_is_found_holds_and_is_found_again(harm: list[float], told: flo
     again = World(harm, told=told, told_on_many=told).search()
     assert made(again.run()) == made(found)
     assert again.attempts == search.attempts
+
+
+# --- distortions in proportion ---------------------------------------------------------------
+
+
+def test_of_distortions_in_proportion_one_is_measured_and_the_plan_is_the_same() -> None:
+    harm = (0.5, 0.02, 0.009, 0.06)
+    every = World(harm)
+    one = World(harm)
+    search = one.search()
+    search.relative = lambda term, evidence: (term.subject.split()[0], 7 * one.truth(term.subject))
+    found, wanted = search.run(), every.search().run()
+    assert found.plan.choices == wanted.plan.choices
+    assert found.plan.price == pytest.approx(wanted.plan.price)
+    assert len({s.split()[0] for s in one.priced}) == len(one.priced) < len(every.priced)
+
+
+def test_what_cannot_be_measured_is_no_ground_for_others() -> None:
+    world = World((0.5, 0.02), impossible={"n0 strong": "no"})
+    search = world.search()
+    search.relative = lambda term, evidence: (term.subject.split()[0], world.truth(term.subject))
+    found = search.run()
+    assert "n0" not in found.plan.choices or found.plan.choices["n0"].name == "weak"
+    assert "n1" in found.plan.choices
+
+
+# --- the last word ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_the_candidate_that_is_kept_is_settled_once_and_only_where_it_holds(holds: bool) -> None:
+    world = World((0.5, 0.02, 0.004))
+    search = world.search()
+    asked: list[bool] = []
+
+    def settle(model: ir.Model, last: bool) -> ir.Model:
+        asked.append(last)
+        if not last:
+            return model
+        other = models.clone(model)
+        other.graph[0 if not holds else 2].attributes["mark"] = ir.AttrString("mark", "strong" if not holds else "weak")
+        return other
+
+    search.settle = settle
+    found = search.run()
+    assert asked.count(True) == 1 and asked[-1]
+    assert found.built is not None
+    marks = {str(n.name): n.attributes.get_string("mark", "") for n in found.built.model.graph}
+    assert (marks["n0"] == "strong") is False
+    assert found.min_sqnr_db == pytest.approx(
+        -10 * math.log10(sum(world.truth(f"{k} {v}") for k, v in marks.items() if v))
+    )
