@@ -872,3 +872,16 @@ def test_a_tidy_graph_has_no_sites(pass_: Pass) -> None:
     model = text("g (float[2] x) => (float[2] y) <float[2] w = {1, 2}> { a = Add(x, w)  y = Relu(a) }")
     assert not [s for s in pass_.sites(GraphView(model)) if isinstance(s, Site)]
     assert pass_.summary()
+
+
+@pytest.mark.parametrize(("taps", "folds"), [(7, True), (16, False)])
+def test_a_pad_for_a_long_kernel_stays(taps: int, folds: bool) -> None:
+    before = text(
+        "g (float[1,3,40,1] x) => (float[1,4,N,1] y) { q = Pad (x, p)  y = Conv (q, w) }",
+        weights={"p": np.array([0, 0, taps // 2, 0, 0, 0, (taps - 1) // 2, 0]), "w": normal(4, 3, taps, 1)},
+    )
+    view = GraphView(before)
+    (found,) = FuseBatchNorm().sites(view)
+    assert isinstance(found, Site) is folds
+    if isinstance(found, Skipped):
+        assert found.reason == "long kernels are slower with pads of their own"
