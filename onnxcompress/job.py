@@ -110,6 +110,7 @@ class Job:
         self.predicted = 0.0  # seconds of the normalised model on the profile
         self.saved = 0.0  # seconds the plans save on the profile
         self.latency: Latency | None = None
+        self._stages: dict[str, Stage] = {}
 
     # --- the whole way -------------------------------------------------------------------------
 
@@ -124,6 +125,7 @@ class Job:
             if any(p.counts_positions for p in chosen):
                 tidying = [p for p in tidying if not p.resizes]
         lossy = [p for p in chosen if not p.lossless]
+        self._stages = {p.name: p.stage for p in lossy}
         model = self._raise_opset(self._lossless(self.original, tidying), lossy)
         model = models.infer_types(model)
         model = self._lossless(model, [p for p in chosen if p.lossless and p.stage is not Stage.NORMALISE])
@@ -342,7 +344,8 @@ class Job:
         origin = models.source_files(self.original) if name != IN_MEMORY else ()
         before = file_size(*origin) if origin else model_size(self.original)
         after = file_size(*files) if files else model_size(self.result)
-        reasons = {s.key: s.reason for s in self.sites if s.decision == KEEP}
+        in_order = sorted(self.sites, key=lambda s: self._stages.get(s.pass_name, Stage.NORMALISE))
+        reasons = {s.key: s.reason for s in in_order if s.decision == KEEP}  # what makes integers has the last word
         device = on_device(self.result, self.profile, self.calibration.first(), after.raw, reasons)
         failed = [a for a in self.attempts if a.verdict != "accepted"]
         nearest = max(failed, key=lambda a: -math.inf if a.min_sqnr_db is None else a.min_sqnr_db, default=None)
