@@ -22,7 +22,6 @@ import math
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import partial
 from typing import ClassVar, Self
 
 import numpy as np
@@ -32,17 +31,14 @@ from threadpoolctl import threadpool_limits
 from onnxcompress.base import Choice, Pass, Site, Skip, Skipped, Stage, Term
 from onnxcompress.errors import PassOptionError, suggest
 from onnxcompress.passes import _sequence as sequence
-from onnxcompress.passes._constant_sum import absorb
 from onnxcompress.passes._conv_forms import conv_forms
-from onnxcompress.passes._forms import Factors, Form, Ranks, Settings
-from onnxcompress.passes._int8 import calibrated_name, gate_on_top
+from onnxcompress.passes._factoring import behind_switch, write
+from onnxcompress.passes._forms import Form, Ranks, Settings
 from onnxcompress.passes._portions import Cut, shared_out
 from onnxcompress.passes._product_forms import joint_forms, product_forms
-from onnxcompress.passes._readers import bias_place
 from onnxcompress.passes._recurrent_forms import recurrent_forms
 from onnxcompress.passes._table_forms import table_forms
 from onnxcompress.rewrite import Rewriter
-from onnxcompress.sketch import Drawn, Slot, draw, what_makes
 from onnxcompress.statistics import Evidence, Need, Pair
 from onnxcompress.target import Target
 from onnxcompress.view import GraphView
@@ -347,20 +343,7 @@ class Factorize(Pass):
             rewriter.tell(choice.site.key, f"it keeps {1 - factors.lost:.4g} of its output's energy")
         if self.method is Method.ACTIVATION and (remark := _on_what(form, evidence)):
             rewriter.tell(choice.site.key, remark)
-        nodes = [rewriter.node(name) for name in form.nodes]
-        values = {calibrated_name(v): v for node in nodes for v in node.inputs if v is not None}
-        read = [p for v in values.values() if (p := v.producer()) is not None]
-        drawing = form.drawing(ranks)
-        made = draw(rewriter, drawing, factors.weights, after=nodes[0], prefix=str(nodes[0].name), values=values)
-        for node in nodes:
-            results = [made[str(v.name)] for v in node.outputs if v.name]
-            rewriter.replace_node(node, *(made.get(str(v.name), v) for v in node.outputs))
-            for value in results:
-                self._shift(value, factors, rewriter)
-                sequence.note_factored(_producer(value), str(value.name))
-        rewriter.remove_unused(*read)
-        if len(nodes) > 1:
-            rewriter.sort()
+        write(form, ranks, factors, rewriter)
         return None if cut.energy is None else self._choice(choice.site, Cut(form, ranks))
 
     def _ranks(self, cut: Cut, evidence: Evidence) -> Ranks:
@@ -379,13 +362,6 @@ class Factorize(Pass):
             raise Skip(f"no rank that saves weights keeps {cut.energy:.4g} of its output's energy")
         return rungs[low]
 
-    def _shift(self, value: ir.Value, factors: Factors, rewriter: Rewriter) -> None:
-        shift = factors.shifts.get(str(value.name))
-        producer = value.producer()
-        place = None if shift is None or producer is None else bias_place(producer)
-        if shift is not None and place is not None:
-            absorb(rewriter, place, shift, -1)
-
     def simulate(self, term: Term, rewriter: Rewriter, evidence: Evidence, target: Target, switch: ir.Value) -> bool:
         cut = term.cut if isinstance(term, _Loss) else None
         if cut is None:
@@ -393,15 +369,7 @@ class Factorize(Pass):
         form = cut.form
         with threadpool_limits(1, "blas"):
             factors = form.factors(cut.ranks, evidence, self._settings)
-        drawing = form.drawing(cut.ranks)
-        constants: dict[Slot, ir.Value] = {}
-        for name in form.nodes:
-            node = rewriter.node(name)
-            values = {calibrated_name(v): v for v in node.inputs if v is not None}
-            low = partial(_low, rewriter, node, drawing, factors, values, constants)
-            for output in node.outputs:
-                if output.name and (output.uses() or output.is_graph_output()):
-                    gate_on_top(rewriter, output, switch, low)
+        behind_switch(form, cut.ranks, factors, rewriter, switch)
         return True
 
     def settling(self, view: GraphView) -> Iterable[Collection[Need | Pair]]:
@@ -443,36 +411,6 @@ def _rungs(form: Form, step: int) -> list[Ranks]:
     """Ranks at shares of the weights, each once."""
     found = (form.at_share(share, step) for share in _SHARES)
     return list(dict.fromkeys(r for r in found if r is not None))
-
-
-def _low(
-    rewriter: Rewriter,
-    node: ir.Node,
-    drawing: Sequence[Drawn],
-    factors: Factors,
-    values: Mapping[str, ir.Value],
-    constants: dict[Slot, ir.Value],
-    top: ir.Value,
-    wanted: str,
-) -> ir.Value:
-    """What factors make of one output of a node, behind ``top``."""
-    prefix = f"{node.name}_low"
-    made = draw(
-        rewriter, what_makes(drawing, wanted), factors.weights, after=_producer(top), prefix=prefix, values=values,
-        constants=constants,
-    )  # fmt: skip
-    shift = factors.shifts.get(wanted)
-    if shift is None or not shift.any():
-        return made[wanted]
-    added = rewriter.constant(np.asarray(shift, np.float32), f"{prefix}_shift", like=node)
-    return rewriter.insert("Add", [made[wanted], added], after=_producer(made[wanted]), dtype=top.dtype)[0]
-
-
-def _producer(value: ir.Value) -> ir.Node:
-    producer = value.producer()
-    if producer is None:
-        raise Skip(f"{value.name!r} is made by no node")
-    return producer
 
 
 def _cut(choice: Choice) -> Cut:
