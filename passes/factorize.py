@@ -95,7 +95,7 @@ class Factorize(Pass):
 
     Attributes:
         rank: of every layer, as far as it saves weights there.
-        ranks: of single layers, as ``node=32``; others are left alone unless ``rank`` or ``keep`` is given, too.
+        ranks: of single layers, as ``node=32``; others are left alone where there is no rank, keep or energy besides.
         keep: share of each layer's weights to keep.
         together: ``keep`` is a share of the weights of all layers together, and those keep more that would lose more.
         energy: share of the energy of each layer's output to keep, at the smallest rank that does.
@@ -193,11 +193,12 @@ class Factorize(Pass):
         for name in sorted(wanted):
             if not any(name == key or name in forms[0].nodes for key, forms in found.items()):
                 raise self._no_candidate(name, found, refused, view)
+        others = not self.layers and any(o is not None for o in (self.rank, self.keep, self.energy))
         for name, reason in refused.items():
-            if not wanted or name in wanted:
+            if others or not wanted or name in wanted:
                 yield Skipped(name, reason)
         for key, forms in found.items():
-            if not wanted or wanted & {key, *forms[0].nodes}:
+            if others or not wanted or wanted & {key, *forms[0].nodes}:
                 yield Site(key, forms[0].nodes)
 
     def _no_candidate(

@@ -212,6 +212,8 @@ def test_the_drawing_has_the_weights_and_shapes_of_what_is_built() -> None:
 def test_a_rank_of_its_own_for_a_layer() -> None:
     found = offered(Factorize(ranks=("q=8", "v0=16")), joint())
     assert {key: c[0].name for key, c in found.items()} == {"q": "svd 8", "v0": "svd 16"}
+    found = offered(Factorize(ranks=("q=8",), rank=12), joint())
+    assert {key: c[0].name for key, c in found.items()} == {"q": "svd 8", "k": "svd 12", "v0": "svd 12"}
 
 
 def test_energy_finds_the_smallest_rank_that_keeps_it() -> None:
