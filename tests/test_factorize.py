@@ -422,3 +422,17 @@ def test_no_data_means_plain_factors_by_hand_and_none_planned(tmp_path: Path) ->
     assert reasons == {"plain: nothing was observed of what it reads"}
     planned = onnxcompress.optimize(path, passes=[Factorize()], timing=False)
     assert all(s.decision == "keep" for s in planned.report.sites)
+
+
+def test_a_pruned_group_is_factored_and_then_quantized(tmp_path: Path) -> None:
+    path, data = deep(tmp_path), feeds(count=12)
+    result = onnxcompress.optimize(
+        path, calibration=data, budget=Budget(min_sqnr_db=5.0), timing=False,
+        passes=[parse("quantize"), parse("factorize{keep=0.3,layers=[a,d]}"), parse("prune_channels{ratio=0.25}")],
+    )  # fmt: skip
+    added = [(p.name, p.added) for p in result.report.passes if p.added is not None]
+    assert [name for name, _ in added] == ["prune_channels", "factorize", "quantize"]
+    assert sum(a.weight_bytes for _, a in added if a is not None) == models.weight_bytes(
+        models.load(path)
+    ) - models.weight_bytes(result.model)
+    assert sum("MatMul" in n.op_type or "Gemm" in n.op_type for n in result.model.graph) == 5  # 3, two of them in two
