@@ -186,7 +186,7 @@ class Search:
         return Plan({k: o.choice for k, o in options.items()}, after, before, 0.0, gains)
 
     def _as_made(self, plan: Plan, built: Built) -> Plan:
-        """A plan some choices of which turned into others, or could not be made, when it was built."""
+        """A plan some choices of which turned into others when it was built."""
         planned = set(plan.choices.values())
         if self.reprice is None or all(choice in planned for choice in built.made):
             return plan

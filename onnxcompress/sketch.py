@@ -8,7 +8,7 @@ is made.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -201,7 +201,7 @@ def drawn_model(
     opset = {"": view.opset}
     graph = ir.Graph(inputs, ends, nodes=nodes, initializers=constants, opset_imports=opset, name="drawing")
     model = ir.Model(graph, ir_version=view.model.ir_version)
-    for value, (_, shape) in _inferred(model):
+    for value, (_, shape) in inferred_types(model).items():
         concrete = tuple(d for d in shape or () if isinstance(d, int))
         if shape is not None and len(concrete) == len(shape):
             known.setdefault(str(value.name), concrete)
@@ -212,7 +212,3 @@ def _constant(name: str, tensor: ir.TensorProtocol) -> ir.Value:
     return ir.Value(
         name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
     )
-
-
-def _inferred(model: ir.Model) -> Iterator[tuple[ir.Value, tuple[object, tuple[int | str | None, ...] | None]]]:
-    yield from inferred_types(model).items()

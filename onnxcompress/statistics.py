@@ -221,6 +221,11 @@ class SecondMoments:
         matrix = (whole * self.matrix - a.count * a.matrix) / rest
         return a, SecondMoments(matrix, (whole * self.mean - a.count * a.mean) / rest, rest)
 
+    def part(self, own: slice) -> SecondMoments:
+        """Of some of the features."""
+        first = None if self.first is None else self.first.part(own)
+        return SecondMoments(self.matrix[own, own], self.mean[own], self.count, first)
+
     @property
     def covariance(self) -> npt.NDArray[np.float64]:
         """Second moments about the mean, shape (n, n); divided by the count and not by one less."""

@@ -28,7 +28,7 @@ from onnxcompress.base import Skip
 from onnxcompress.errors import PassError
 from onnxcompress.passes._forms import Settings
 from onnxcompress.passes._low_rank import metric
-from onnxcompress.passes._ridge import part, trusted_ridge
+from onnxcompress.passes._ridge import trusted_ridge
 from onnxcompress.sketch import Drawn, Slot
 from onnxcompress.statistics import Evidence, Need, Patches, SecondMoments, Statistic
 from onnxcompress.view import GraphView
@@ -260,7 +260,7 @@ class ConvLayer:
         if width < rows.shape[1]:
             rows = weight.swapaxes(1, 2).reshape(-1, width)
         if self.groups > 1:
-            found = part(found, own)
+            found = found.part(own)
         return trusted_ridge(rows, found, settings.ridge, centred=self.bias_is_free, layer=self.name)
 
 

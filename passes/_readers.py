@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from onnxcompress.coupling import Group, Reader
 from onnxcompress.passes._constant_sum import Place, is_free
+from onnxcompress.passes._linear_maps import windows_of
 from onnxcompress.passes._refit import RIDGE, refit, refit_with_bias
 from onnxcompress.statistics import Evidence, Need, Patches, SecondMoments, Statistic
 
@@ -116,23 +117,14 @@ def _patches(node: ir.Node) -> Patches | None:
     if node.op_type != "Conv" or node.inputs[1] is None or node.inputs[1].const_value is None:
         return None
     shape = tuple(int(d) for d in node.inputs[1].const_value.shape.numpy())
-    kernel, rank = shape[2:], len(shape) - 2
-    if math.prod(shape[1:]) > _MOST_FEATURES or not 1 <= rank <= 3:
+    kernel = shape[2:]
+    if math.prod(shape[1:]) > _MOST_FEATURES:
         return None
-    if node.attributes.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+    windows = windows_of(node, kernel)
+    if windows is None:
         return None
-    ones = (1,) * rank
-    pads = tuple(node.attributes.get_ints("pads", (0,) * (2 * rank)))
-    strides = tuple(node.attributes.get_ints("strides", ones))
-    if math.prod((*kernel, *strides)) == 1 and not any(pads):
-        return None
-    return Patches(
-        kernel,
-        strides,
-        tuple(node.attributes.get_ints("dilations", ones)),
-        pads[:rank],
-        pads[rank:],
-    )
+    single = math.prod((*kernel, *windows.strides)) == 1 and not any((*windows.pads_begin, *windows.pads_end))
+    return None if single else windows
 
 
 def linears(node: ir.Node, reader: Reader, evidence: Evidence) -> Iterator[Linear]:
@@ -190,17 +182,12 @@ def _directions(reader: Reader, array: npt.NDArray[np.float32], moments: SecondM
         return
     for d in range(many):
         own = slice(d * inner, (d + 1) * inner) if recurrent else slice(None)
-        part = _part(moments, own)
+        part = moments.part(own)
 
         def write(stored: npt.NDArray[np.float32], new: Array, direction: int = d) -> None:
             stored[direction] = new
 
         yield Linear(reader, array[d].astype(np.float64), part, np.arange(inner), None, write)
-
-
-def _part(moments: SecondMoments, own: slice) -> SecondMoments:
-    first = None if moments.first is None else _part(moments.first, own)
-    return SecondMoments(moments.matrix[own, own], moments.mean[own], moments.count, first)
 
 
 def _as_is(shift: Array) -> Array:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from onnxcompress.passes._low_rank import basis, metric
 from onnxcompress.statistics import SecondMoments
 
-__all__ = ["part", "trusted_ridge"]
+__all__ = ["trusted_ridge"]
 
 Array = npt.NDArray[np.float64]
 
@@ -72,9 +72,3 @@ def _held_out(weight: Array, seen: SecondMoments, unseen: SecondMoments, ridge: 
         second = unseen.covariance + np.outer(apart, apart)
     energy = float(np.vdot(weight @ second, weight))
     return float(np.vdot(change @ second, change)) / energy if energy > 0 else 0.0
-
-
-def part(moments: SecondMoments, own: slice) -> SecondMoments:
-    """Moments of some of the features."""
-    first = None if moments.first is None else part(moments.first, own)
-    return SecondMoments(moments.matrix[own, own], moments.mean[own], moments.count, first)

@@ -242,7 +242,7 @@ class Factorize(Pass):
 
     def choices(self, site: Site, view: GraphView, target: Target) -> list[Choice]:
         forms = [f for f in self._found(view)[0][site.key] if target.folds_constants or not f.stored]
-        step = self._step(site, forms, target)
+        step = self._step(forms, target)
         if self.planned:
             cuts = [Cut(form, ranks) for form in forms for ranks in _rungs(form, step)]
         else:
@@ -250,7 +250,7 @@ class Factorize(Pass):
         cuts.sort(key=lambda cut: -cut.form.weights(cut.ranks))
         return [self._choice(site, cut) for cut in cuts]
 
-    def _step(self, site: Site, forms: Sequence[Form], target: Target) -> int:
+    def _step(self, forms: Sequence[Form], target: Target) -> int:
         if self.multiple is not None:
             return self.multiple
         step = target.channel_multiple
