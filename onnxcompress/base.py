@@ -64,6 +64,8 @@ class Stage(IntEnum):
     FACTORIZE = 3
     SHARE = 4
     QUANTIZE = 5
+    STORE = 6
+    """How the weights lie in the file, once it is settled what they are."""
 
 
 class Skip(Exception):  # noqa: N818 - an answer, not an error
@@ -137,6 +139,11 @@ class Choice:
         becomes: nodes that take the place of all nodes of the site, drawn before their weights are known; the
             planner prices them instead.
         bytes_saved: weight bytes it takes off the file.
+        download_saved: weight bytes it takes off the compressed file; None where they follow from ``bytes_saved`` in
+            proportion.
+        resident_saved: bytes of weights it takes out of memory while the model runs; None where they equal
+            ``bytes_saved``.
+        stored: it only changes how weights lie in the file; left to a pass of :attr:`Stage.STORE` where one runs.
         terms: the distortions it causes, for passes that can :meth:`Pass.simulate` them.
         detail: the pass's own settings for the choice (``Rank(32)``); any hashable value.
         calibrated: it relies on ranges seen in calibration, so made-up inputs are no ground for it.
@@ -156,6 +163,9 @@ class Choice:
     resizes: tuple[tuple[str, int, int], ...] = ()
     becomes: tuple[Drawn, ...] = ()
     bytes_saved: int = 0
+    download_saved: int | None = None
+    resident_saved: int | None = None
+    stored: bool = False
     terms: tuple[Term, ...] = ()
     detail: Hashable = None
     calibrated: bool = False
@@ -173,6 +183,7 @@ class Pass(ABC):
         min_opset: version of the standard operator set its rewrites need; the pipeline raises it.
         lossless: it must not change any output beyond float rounding; the pipeline checks.
         automatic: it takes part where no passes are named; if not, only where the user asks for it.
+        for_size: it only makes files smaller: where no passes are named, it runs if size or download are aimed at.
         resizes: it removes positions of tensors, so that others count differently afterwards.
         remark: what a user has to know of what it made; printed with it.
         summary: first line of the class docstring, shown by ``passes list``.
@@ -185,6 +196,7 @@ class Pass(ABC):
     min_opset: ClassVar[int] = 1
     lossless: ClassVar[bool] = False
     automatic: ClassVar[bool] = True
+    for_size: ClassVar[bool] = False
     resizes: ClassVar[bool] = False
     remark: ClassVar[str] = ""
 
