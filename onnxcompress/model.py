@@ -38,13 +38,16 @@ __all__ = [
     "all_graphs",
     "bodies",
     "canonicalize",
+    "check_external_data",
     "clone",
     "compute",
     "infer_types",
     "inferred_types",
     "load",
     "notes",
+    "proto_graphs",
     "raise_opset",
+    "read_proto",
     "save",
     "serialize",
     "source",
@@ -103,13 +106,11 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         UnsupportedModelError: a sparse tensor with external data.
     """
     path = Path(path)
-    proto = _read_proto(path)
-    if not proto.HasField("graph"):
-        raise ModelReadError("holds no graph, so it is not an ONNX model", path=path)
+    proto = read_proto(path)
     changed = _densify_sparse_tensors(proto, path)
     if proto.training_info:
         changed.append("training information was left out")
-    _check_external_data(proto.graph, path)
+    check_external_data(proto.graph, path)
     try:
         model = ir.from_proto(proto)
     except Exception as error:  # onnx-ir raises many kinds for a malformed proto
@@ -428,7 +429,12 @@ def raise_opset(model: ir.Model, version: int) -> ir.Model:
 # --- reading -----------------------------------------------------------------------------------
 
 
-def _read_proto(path: Path) -> onnx.ModelProto:
+def read_proto(path: Path) -> onnx.ModelProto:
+    """The message in a file, without the weights that lie elsewhere.
+
+    Raises:
+        ModelReadError: no such file, not ONNX, or cut off.
+    """
     if not path.is_file():
         raise ModelReadError("there is no such file", path=path)
     try:
@@ -439,21 +445,24 @@ def _read_proto(path: Path) -> onnx.ModelProto:
         ) from error
     except (OSError, ValueError, UnicodeDecodeError) as error:
         raise ModelReadError(f"cannot be read: {error}", path=path) from error
+    if not proto.HasField("graph"):
+        raise ModelReadError("holds no graph, so it is not an ONNX model", path=path)
     return proto
 
 
-def _proto_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+def proto_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph and all bodies in it."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
             for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
-                yield from _proto_graphs(inner)
+                yield from proto_graphs(inner)
 
 
 def _densify_sparse_tensors(proto: onnx.ModelProto, path: Path) -> list[str]:
     """onnx-ir drops sparse initializers without a word, so they are made dense before it sees them."""
     changed = []
-    for graph in _proto_graphs(proto.graph):
+    for graph in proto_graphs(proto.graph):
         for sparse in graph.sparse_initializer:
             graph.initializer.append(_dense(sparse, sparse.values.name, path))
             changed.append(f"sparse initializer {sparse.values.name!r} was made dense")
@@ -484,10 +493,15 @@ def _dense(sparse: onnx.SparseTensorProto, name: str, path: Path) -> onnx.Tensor
     return onnx.numpy_helper.from_array(dense, name)
 
 
-def _check_external_data(graph: onnx.GraphProto, path: Path) -> None:
+def check_external_data(graph: onnx.GraphProto, path: Path) -> None:
+    """Looks whether the weights that lie elsewhere are there, and are as long as they must be.
+
+    Raises:
+        ModelReadError: they are not.
+    """
     sizes: dict[str, int] = {}
     folder = path.parent.resolve()
-    for inner in _proto_graphs(graph):
+    for inner in proto_graphs(graph):
         for tensor in inner.initializer:
             if tensor.data_location != onnx.TensorProto.EXTERNAL:
                 continue
@@ -544,7 +558,7 @@ def _to_proto(model: ir.Model) -> onnx.ModelProto:
         for name, value in graph.initializers.items()
         if isinstance(value.const_value, ir.ExternalTensor)
     }
-    for graph in _proto_graphs(proto.graph):
+    for graph in proto_graphs(proto.graph):
         for tensor in graph.initializer if outside else ():
             if tensor.data_location == onnx.TensorProto.EXTERNAL:  # the message must stand alone
                 del tensor.external_data[:]
