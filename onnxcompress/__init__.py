@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from onnxcompress.base import Choice, Pass, Precision, Site, Skip, Skipped, Stage, Term
+    from onnxcompress.bundling import Bundle, multiplex
     from onnxcompress.errors import OnnxCompressError
     from onnxcompress.explanation import explain
     from onnxcompress.inspection import compare, inspect, verify
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Budget",
+    "Bundle",
     "Choice",
     "Evidence",
     "GraphView",
@@ -46,6 +48,7 @@ __all__ = [
     "compare",
     "explain",
     "inspect",
+    "multiplex",
     "optimize",
     "verify",
 ]
@@ -60,6 +63,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 # and most commands need little of it.
 _HOMES = {
     "base": ("Choice", "Pass", "Precision", "Site", "Skip", "Skipped", "Stage", "Term"),
+    "bundling": ("Bundle", "multiplex"),
     "errors": ("OnnxCompressError",),
     "explanation": ("explain",),
     "inspection": ("compare", "inspect", "verify"),

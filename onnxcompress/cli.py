@@ -15,7 +15,7 @@ import click
 from rich.console import Group
 from rich.text import Text
 
-from onnxcompress import cli_profile, render, render_validation, shell, tables
+from onnxcompress import cli_multiplex, cli_profile, render, render_validation, shell, tables
 from onnxcompress.errors import OnnxCompressError, OutputError, UsageError, suggest
 from onnxcompress.shell import Answer, command, warn
 
@@ -369,6 +369,7 @@ def verify(
     return Answer(document if there is None else {**document, "emulated": there}, text, status=0 if passed else 1)
 
 
+cli.add_command(cli_multiplex.multiplex)
 cli.add_command(cli_profile.profile)
 cli.add_command(cli_profile.profiles)
 

@@ -22,10 +22,10 @@ FOLDERS = ("passes", "models_zoo", "hardware_profiles")
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(layer.split())
     for layer in (
-        "errors guest fitting.machine",
+        "errors guest likeness fitting.machine",
         "model report statistics images feeds findings",
         "view session sizes ranges origins synthetic profile_text pieces moments notes",
-        "rewrite smooth data work target coupling.axes",
+        "rewrite smooth data work target external coupling.axes",
         "sketch",
         "coupling.groups coupling.statements",
         "coupling.coupler",
@@ -43,6 +43,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "profile_files layout",
         "execution",
         "base profile calibrate paired evaluate interop liveness",
+        "objective",
         "registry cost planner instructions",
         "sensitivity trial settling measurements emulation alternatives regions suitability",
         "fitting fitting.links fitting.nets fitting.samples fitting.structure fitting.kit_run",
@@ -51,19 +52,19 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "fitting.own fitting.kit fitting.equations",
         "fitting.regression",
         "fitting.making",
-        "alone",
+        "alone footprint",
         "questions",
         "search forms",
         "judge",
-        "turn",
-        "job inspection emulated",
+        "turn packing",
+        "job inspection emulated bundling",
         "pipeline validation explanation prunable",
         "onnxcompress testing",
         "tables",
         "render_profile",
-        "render render_explain render_fit render_groups shell",
+        "render render_explain render_fit render_groups render_multiplex shell",
         "render_validation",
-        "cli_profile",
+        "cli_profile cli_multiplex",
         "cli",
         "__main__",
     )
@@ -82,13 +83,14 @@ FOR_PASSES = frozenset(
         "ranges",
         "target",
         "errors",
+        "likeness",
         "notes",
         "passes",
     }
 )
 FOR_ZOO = frozenset({"errors", "models_zoo"})
 ZOO_READERS = frozenset({"cli", "render"})
-PROTOBUF = frozenset({"model", "interop", "evaluate", "models_zoo", "fitting"})
+PROTOBUF = frozenset({"model", "external", "interop", "evaluate", "models_zoo", "fitting"})
 
 
 def modules() -> Iterator[tuple[str, Path]]:
