@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnxcompress import model as models
 from onnxcompress.base import Choice, Pass, Term
 from onnxcompress.calibrate import value_shapes
-from onnxcompress.cost import CostModel
+from onnxcompress.cost import CostModel, ModelCost
 from onnxcompress.data import Feed
 from onnxcompress.errors import ModelRunError
 from onnxcompress.evaluate import Reference
@@ -38,10 +38,12 @@ class Effect:
     Attributes:
         seconds: more (or, negative, less) time on the profile.
         bytes_saved: weight bytes off the file.
+        joules: more (or less) energy; 0 where the profile knows none.
     """
 
     seconds: float
     bytes_saved: int
+    joules: float = 0.0
 
 
 def with_terms(choices: Iterable[Choice]) -> tuple[Choice, ...]:
@@ -50,12 +52,12 @@ def with_terms(choices: Iterable[Choice]) -> tuple[Choice, ...]:
 
 
 def effect(
-    model: ir.Model, pass_: Pass, choice: Choice, evidence: Evidence, cost: CostModel, feed: Feed, before: float
+    model: ir.Model, pass_: Pass, choice: Choice, evidence: Evidence, cost: CostModel, feed: Feed, before: ModelCost
 ) -> Effect | None:
     """Makes one choice and prices the clone; None if it cannot be made or does not run.
 
     Args:
-        before: seconds of the model on the profile.
+        before: of the model on the profile.
     """
     built = build(model, pass_, [choice], evidence)
     if not built.made:
@@ -64,8 +66,12 @@ def effect(
         shapes = value_shapes(built.model, feed)
     except ModelRunError:
         return None
-    after = cost.model(GraphView(built.model), shapes).seconds
-    return Effect(after - before, models.weight_bytes(model) - models.weight_bytes(built.model))
+    after = cost.model(GraphView(built.model), shapes)
+    return Effect(
+        after.seconds - before.seconds,
+        models.weight_bytes(model) - models.weight_bytes(built.model),
+        (after.energy_joule or 0.0) - (before.energy_joule or 0.0),
+    )
 
 
 def measure_alone(

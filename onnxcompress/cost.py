@@ -199,11 +199,28 @@ class CostModel:
         """
         return Costing(self, view, shapes).cost(compressed=compressed)
 
-    def part(self, view: GraphView, shapes: Shapes) -> float:
-        """Seconds of some nodes of the model these prices were made for (:meth:`for_model`), given as a model."""
+    def part(self, view: GraphView, shapes: Shapes) -> ModelCost:
+        """Some nodes of the model these prices were made for (:meth:`for_model`), given as a model.
+
+        Without the overhead of a run.
+        """
         costing = Costing(self, view, shapes)
         costing.prices = self  # what the caches lose from run to run is up to the whole
-        return costing.cost().seconds - 1e-9 * self.profile.overhead.ns_per_run
+        cost = costing.cost()
+        return replace(cost, seconds=cost.seconds - 1e-9 * self.profile.overhead.ns_per_run)
+
+    def joules(self, work: NodeWork, precision: str, seconds: float) -> float | None:
+        """Energy of a node: what it computes and moves where the profile knows that, else power times time."""
+        energy = self.profile.energy
+        if energy is None:
+            return None
+        by_precision = {"f32": energy.pj_per_mac_f32, "f16": energy.pj_per_mac_f16}
+        per_mac = by_precision.get(precision, energy.pj_per_mac_int8)
+        if per_mac is None:
+            return None if energy.active_w is None else energy.active_w * seconds
+        missed = self._missed(work, precision)
+        far = missed[-1].activations + missed[-1].weights if missed else work.weights * bytes_per_weight(precision)
+        return 1e-12 * (per_mac * work.macs + (energy.pj_per_byte or 0.0) * far) + (energy.idle_w or 0.0) * seconds
 
     def usage(self, view: GraphView, shapes: Shapes) -> tuple[Use, ...]:
         """What a run of a model multiplies the coefficients of the profile with.
@@ -417,22 +434,9 @@ class Costing:
         return NodeCost(
             work.name, work.op_type, work.kind, precision, work.macs, work.params, sum(t.nbytes for t in tensors),
             seconds, 0.0, "" if inside is None else str(inside.name), known or inside is not None,
-            self._joules(work if runs else NodeWork("", "", "free"), precision, seconds),
+            self.prices.joules(work if runs else NodeWork("", "", "free"), precision, seconds),
             sum(map(self._compressed, tensors)) if compressed else None,
         )  # fmt: skip
-
-    def _joules(self, work: NodeWork, precision: str, seconds: float) -> float | None:
-        """Of a node: what it computes and moves where the profile knows that, else power times time."""
-        energy = self.prices.profile.energy
-        if energy is None:
-            return None
-        by_precision = {"f32": energy.pj_per_mac_f32, "f16": energy.pj_per_mac_f16}
-        per_mac = by_precision.get(precision, energy.pj_per_mac_int8)
-        if per_mac is None:
-            return None if energy.active_w is None else energy.active_w * seconds
-        missed = self.prices._missed(work, precision)
-        far = missed[-1].activations + missed[-1].weights if missed else work.weights * bytes_per_weight(precision)
-        return 1e-12 * (per_mac * work.macs + (energy.pj_per_byte or 0.0) * far) + (energy.idle_w or 0.0) * seconds
 
     def _energy(self, rows: Iterable[NodeCost], seconds: float) -> float | None:
         energy = self.prices.profile.energy

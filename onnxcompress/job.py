@@ -24,7 +24,9 @@ from onnxcompress.cost import CostModel
 from onnxcompress.data import Feed, Source
 from onnxcompress.errors import DataError, ModelRunError
 from onnxcompress.evaluate import measure
+from onnxcompress.footprint import Footprints
 from onnxcompress.judge import DEFAULT_MIN_SQNR_DB, Judge, Metric
+from onnxcompress.objective import DEFAULT, Objective, Spent
 from onnxcompress.profile import Profile
 from onnxcompress.questions import offers
 from onnxcompress.report import Attempt, Budget, Latency, OnDevice, PassReport, Report, SiteReport, Totals
@@ -47,7 +49,9 @@ _WORTH_TRYING = 0.25
 _CAUTION = 0.25
 """Share of what is left that they may use: noise of what was fitted to samples says less of other data."""
 _WORTH_KEEPING = 0.97
-"""They are kept where the whole then takes less than this part of the time."""
+"""They are kept where the whole then takes less than this part of what is aimed at."""
+_LEAST_PORTION = 0.1
+"""Share of the budget below which what runs faster is left out where the target is all about files."""
 
 _HOLDOUT_LIMIT = 16
 _TIMING_SECONDS = 0.25
@@ -74,6 +78,25 @@ class _State:
         return replace(self, rewrites=(*self.rewrites, *rows), sites=(*self.sites, *sites))
 
 
+@dataclass(frozen=True)
+class _Ways:
+    """How the passes of a run go about it.
+
+    Attributes:
+        passes: all that change outputs.
+        by_hand: the user named them.
+        float_only: only choices that leave the kernels float.
+    """
+
+    passes: tuple[Pass, ...]
+    by_hand: bool
+    float_only: bool
+
+    def stored_after(self, pass_: Pass) -> str:
+        """Name of a later pass that stores weights in fewer bits; empty if none does."""
+        return next((p.name for p in self.passes if p.for_size and p.stage > pass_.stage), "")
+
+
 class Job:
     """One run: what stays the same while models come and go."""
 
@@ -86,7 +109,9 @@ class Job:
         metric: Metric | None,
         timing: bool,
         progress: Progress,
+        objective: Objective = DEFAULT,
     ) -> None:
+        self.objective = objective
         self.original, self.profile, self.source, self.progress = original, profile, source, progress
         self.timing = timing and profile.device.is_here()
         for done, _ in enumerate(source):  # every sample is checked before any work is done on some
@@ -99,7 +124,8 @@ class Job:
         self.data = Calibrator(self.calibration, progress)
         self.cost = CostModel(profile)
         self.target: Target = profile.target()
-        self.conditions = Conditions(self.target, self.cost, self.judge, self.data, progress)
+        self.conditions = Conditions(self.target, self.cost, self.judge, self.data, progress, objective)
+        self.footprints = Footprints(self.cost, self.calibration.first(), objective)
         self.attempts: list[Attempt] = []
         self.tidied: list[PassReport] = []  # lossless passes
         self.left_alone: list[SiteReport] = []  # their sites
@@ -117,7 +143,7 @@ class Job:
     def run(self, passes: Sequence[Pass] | None) -> None:
         """Goes all the way; what came of it is in ``result`` and the records."""
         by_hand = passes is not None
-        chosen = list(passes) if passes is not None else _automatic()
+        chosen = list(passes) if passes is not None else _automatic(self.objective)
         chosen.sort(key=lambda p: (p.stage, p.place))
         tidying = [p for p in chosen if p.lossless and p.stage is Stage.NORMALISE]
         if by_hand and not tidying:  # rewrites by hand still start from a tidy graph
@@ -131,7 +157,7 @@ class Job:
         model = self._lossless(model, [p for p in chosen if p.lossless and p.stage is not Stage.NORMALISE])
         self.normalised = self.result = model
         self.shapes = value_shapes(model, self.calibration.first(), bodies=True)
-        self.predicted = self.cost.model(GraphView(model), self.shapes).seconds
+        self.predicted = self.footprints.of(model, self.shapes).seconds
         self._rewrite(lossy, by_hand=by_hand)
         if self.timing:
             self._not_slower(lossy, by_hand=by_hand)
@@ -140,56 +166,85 @@ class Job:
         """All passes that change outputs, on the normalised model.
 
         What is fitted to samples (pruning, factors) comes first in the graph but last in the plan: noise buys more
-        elsewhere, so it is tried with what the others leave of the budget, and kept where the whole is then faster
-        on the profile.
+        elsewhere, so it is tried with what the others leave of the budget, and kept where the whole then takes less of
+        what is aimed at. What stores weights in fewer bits comes last and uses up what there is, so it is no part of
+        what the others leave.
         """
+        ways = _Ways(tuple(passes), by_hand, float_only)
         fitted = [] if by_hand else [p for p in passes if p.stage in _FITTED]
-        others = [p for p in passes if p not in fitted]
+        others = [p for p in passes if p not in fitted and not p.for_size]
+        storing = [p for p in passes if p not in fitted and p.for_size]
         base = _State(self.normalised)
-        self._in_turn(base, others, 1.0, by_hand=by_hand, float_only=float_only)
-        share = self.judge.left(self.result) if fitted and self.result is not self.normalised else 1.0
+        self._in_turn(base, others, 1.0, ways)
+        plain = self._state
+        self._in_turn(plain, storing, 1.0, ways)
+        share = self.judge.left(plain.model) if fitted and plain.model is not self.normalised else 1.0
         if share >= _WORTH_TRYING:
-            self._try_first(fitted, _CAUTION * share, base, others, float_only=float_only)
+            self._try_first(fitted, _CAUTION * share, base, plain, others, storing, ways)
             return
         used = f"other rewrites pay more and leave {share:.0%} of the accuracy budget: too little for this one"
         for pass_ in fitted:
             self._not_tried(pass_, used)
 
     def _try_first(
-        self, fitted: Sequence[Pass], share: float, base: _State, others: Sequence[Pass], *, float_only: bool
+        self,
+        fitted: Sequence[Pass],
+        share: float,
+        base: _State,
+        plain: _State,
+        others: Sequence[Pass],
+        storing: Sequence[Pass],
+        ways: _Ways,
     ) -> None:
-        """Tries passes before the others, one after the other, and keeps the first with which the whole is faster.
+        """Tries passes before the others, one after the other, and keeps the first with which the whole is better.
 
-        Factors of what was pruned, or the other way round, are for who names both.
+        Factors of what was pruned, or the other way round, are for who names both. Storing takes long, so it follows
+        only where the whole is better before it, too: it makes files of any kind smaller by much the same factor.
 
         Args:
             fitted: the passes.
             share: of the budget that one may use.
             base: what they find.
+            plain: what the others made of it without them.
             others: those that run after it.
-            float_only: only choices that leave the kernels float.
+            storing: those that store the result.
+            ways: how all of them run.
         """
-        before, seconds = self._state, self._cost_of_result()
+        before = self._state
         dropped: list[_State] = []
         waiting = list(fitted)
         kept: _State | None = None
         while waiting and kept is None:
-            self._in_turn(base, [waiting.pop(0)], share, by_hand=False, float_only=float_only)
+            self._in_turn(base, [waiting.pop(0)], share, ways)
             tried = self._state
             if tried.model is not base.model:
-                self._in_turn(tried, others, 1.0, by_hand=False, float_only=float_only)
-                if self._cost_of_result() < _WORTH_KEEPING * seconds and not self.judge.check(self.result).problem:
-                    kept = self._state
-                    break
+                self._in_turn(tried, others, 1.0, ways)
+                if self._better(plain.model):
+                    if storing:
+                        self._in_turn(self._state, storing, 1.0, ways)
+                    better = not storing or self._better(before.model)
+                    if better and not self.judge.check(self.result).problem:
+                        kept = self._state
+                        break
             dropped.append(tried)
         self.data.forget()
-        slower = f"with it the whole is predicted to take {1e3 * seconds:.3g} ms or more, as without it"
         result = before if kept is None else kept
         for state in dropped:
-            result = result.with_dropped(state, slower)
+            result = result.with_dropped(state, self._no_better(before.model))
         self._restore(result)
         for pass_ in waiting:
             self._not_tried(pass_, "another family that is fitted to samples is in its place; name both to have both")
+
+    def _better(self, than: ir.Model) -> bool:
+        """Whether the result takes enough less of what is aimed at."""
+        spent, other = self._spent(self.result), self._spent(than)
+        return self.objective.value(spent, other) < _WORTH_KEEPING * self.objective.value(other, other)
+
+    def _no_better(self, model: ir.Model) -> str:
+        spent = self._spent(model)
+        if not self.objective.by_bytes and not self.objective.energy:
+            return f"with it the whole is predicted to take {1e3 * spent.seconds:.3g} ms or more, as without it"
+        return "with it the whole is predicted to take as much of what is aimed at, or more, as without it"
 
     @property
     def _state(self) -> _State:
@@ -209,31 +264,46 @@ class Job:
         why = reason if offer.choices else ""
         self.rewrites.append(PassReport(pass_.name, pass_options(pass_), 0, "nothing to do", why))
 
-    def _in_turn(self, start: _State, passes: Sequence[Pass], share: float, *, by_hand: bool, float_only: bool) -> None:
+    def _in_turn(self, start: _State, passes: Sequence[Pass], share: float, ways: _Ways) -> None:
         """Passes one after the other.
 
         Args:
             start: what they find.
             passes: in the order they run.
             share: of the budget that each may use, those before it included.
-            by_hand: the user named them.
-            float_only: only choices that leave the kernels float.
+            ways: how they run.
         """
         self._restore(start)
         for pass_ in passes:
-            ways = [pass_, *(pass_.gentler() if self.target.required and not by_hand else ())]
-            while ways:
-                shapes, way = self._shapes_of(self.result), ways.pop(0)
+            stored_by = ways.stored_after(pass_)
+            portion = self._portion(pass_, stored_by, ways)
+            if portion < _LEAST_PORTION:
+                self._not_tried(pass_, f"the target leaves nearly all of the accuracy budget to {stored_by}")
+                continue
+            gentler = pass_.gentler() if self.target.required and not ways.by_hand else ()
+            variants = [pass_, *gentler]
+            while variants:
+                shapes, variant = self._shapes_of(self.result), variants.pop(0)
                 turn = take_turn(
-                    self.result, shapes, way, share, self.conditions, by_hand=by_hand, float_only=float_only
-                )
+                    self.result, shapes, variant, portion * share, self.conditions,
+                    by_hand=ways.by_hand, float_only=ways.float_only, stored_by=stored_by,
+                )  # fmt: skip
                 self.attempts += turn.attempts
-                if turn.report.outcome == "dropped" and ways:  # the attempts still tell of it
+                if turn.report.outcome == "dropped" and variants:  # the attempts still tell of it
                     continue
                 self.result, self.saved = turn.model, self.saved + turn.saved
                 self.rewrites.append(turn.report)
                 self.sites += turn.sites
                 break
+
+    def _portion(self, pass_: Pass, stored_by: str, ways: _Ways) -> float:
+        """Share of the budget that a pass may use where a later one makes files smaller for the rest of it.
+
+        All of it where the user named the passes, or the device runs nothing but what this one makes.
+        """
+        if not stored_by or pass_.stage is not Stage.QUANTIZE or ways.by_hand or self.target.required:
+            return 1.0
+        return self.objective.running
 
     def _shapes_of(self, model: ir.Model) -> Mapping[str, tuple[int, ...]]:
         """Measured shapes of a model; earlier passes may have changed those of the normalised one."""
@@ -351,6 +421,7 @@ class Job:
         nearest = max(failed, key=lambda a: -math.inf if a.min_sqnr_db is None else a.min_sqnr_db, default=None)
         dropped = nearest.verdict if nearest and any(r.outcome == "dropped" for r in self.rewrites) else ""
         notes, warnings = remarks(device, self.profile, dropped=dropped, synthetic=self.source.synthetic)
+        spent, then = self._spent(self.normalised), self._spent(self.result)
         totals = Totals(
             (before.raw, after.raw),
             (before.zstd, after.zstd),
@@ -359,6 +430,8 @@ class Job:
             self.comparison,
             self.judge.metric_before,
             self.judge.score(self.result),
+            memory_bytes=(spent.memory_bytes or 0, then.memory_bytes or 0),
+            energy_mj=None if spent.joules is None or then.joules is None else (1e3 * spent.joules, 1e3 * then.joules),
         )
         changed = sum(s.decision != KEEP for s in self.sites)
         outcome = "the input model is kept" if self.result is self.original else "the model is normalised only"
@@ -378,24 +451,24 @@ class Job:
             warnings=(*((self.source.warning,) if self.source.warning else ()), *warnings),
             versions={p: importlib.metadata.version(p) for p in ("onnxruntime", "onnx", "onnx-ir", "numpy")},
             on_device=device,
+            target=dict(self.objective.weights),
         )
 
-    def _cost_of_result(self) -> float:
-        """Seconds of what was built; the plan only knew what it would be, conversions and layouts aside."""
-        if self.result is self.normalised or self.result is self.original:
-            return self.predicted
-        shapes = value_shapes(self.result, self.calibration.first(), bodies=True)
-        return self.cost.model(GraphView(self.result), shapes).seconds
+    def _spent(self, model: ir.Model) -> Spent:
+        """What a model takes as it was built; the plan only knew what it would be, conversions and layouts aside."""
+        same = model is self.normalised or model is self.original
+        return self.footprints.of(self.normalised, self.shapes) if same else self.footprints.of(model)
 
     def _predictions(self, device: OnDevice | None) -> tuple[float | None, float | None]:
         """Milliseconds before and after; None of a model that a device of integers only does not run."""
-        before, after = 1e3 * self.predicted, 1e3 * self._cost_of_result()
+        before, after = 1e3 * self.predicted, 1e3 * self._spent(self.result).seconds
         if device is None or not self.target.required:
             return before, after
         idle = stranded(GraphView(self.normalised), self.profile, self.shapes)
         return None if idle else before, after if device.runs else None
 
 
-def _automatic() -> list[Pass]:
+def _automatic(objective: Objective) -> list[Pass]:
     """The passes that run where none are named."""
-    return [cls.by_default() for cls in registry.available().values() if cls.automatic]
+    found = [cls for cls in registry.available().values() if cls.automatic]
+    return [cls.by_default() for cls in found if objective.for_files or not cls.for_size]

@@ -17,6 +17,7 @@ from onnxcompress.base import Pass
 from onnxcompress.data import open_data
 from onnxcompress.errors import UsageError
 from onnxcompress.job import DEFAULT_MIN_SQNR_DB, IN_MEMORY, Job, Metric, Progress
+from onnxcompress.objective import DEFAULT, Objective
 from onnxcompress.profile import Profile, load_profile
 from onnxcompress.report import Budget, Report
 
@@ -52,6 +53,7 @@ def optimize(
     seed: int = 0,
     timing: bool = True,
     progress: Progress | None = None,
+    target: str | Objective = DEFAULT,
 ) -> Result:
     """Makes a model smaller and faster on a device, inside an accuracy budget.
 
@@ -71,19 +73,25 @@ def optimize(
         seed: of everything random.
         timing: measure latency where the profile is of this machine.
         progress: called as the work goes on.
+        target: what is to become less: "latency", "size", "download", "memory", "energy", or weights of them such as
+            "latency=1,size=1", each relative to what the model takes.
 
     Raises:
         OnnxCompressError: the branch of the tree in ``errors.py`` says what is wrong.
     """
     budget = budget or Budget()
     _check_call(model, budget, metric, passes)
+    objective = target if isinstance(target, Objective) else Objective.parse(target)
     loaded = profile if isinstance(profile, Profile) else load_profile(os.fspath(profile))
+    if objective.energy and loaded.energy is None:
+        message = f"the target counts energy, and profile {loaded.name!r} has no prices for it"
+        raise UsageError(message, hint="aim at something else, or add an [energy] table to a profile of your own")
     original = _canonical_copy(model) if isinstance(model, ir.Model) else models.load(model)
     report_progress = progress or (lambda stage, done, total: None)
     report_progress("checking the model", 0, None)
     source = open_data(calibration, original, preprocess=preprocess, limit=samples, seed=seed)
     with _calm_collector():
-        job = Job(original, loaded, source, budget, metric, timing, report_progress)
+        job = Job(original, loaded, source, budget, metric, timing, report_progress, objective)
         job.run(passes)
         files: tuple[Path, ...] = ()
         if output is None:

@@ -4,7 +4,7 @@ A mixed-integer program, solved by HiGHS (``scipy.optimize.milp``). Sites are no
 value that lives as integers costs a QuantizeLinear where its producer is float and a
 DequantizeLinear where a reader is float, so regions of integer nodes pay and lone ones may not.
 
-    minimise    sum_sc cost_sc x_sc + sum_v (quantize_v a_v + dequantize_v sum_r b_vr) - rate * bytes
+    minimise    sum_sc (cost_sc - worth_sc) x_sc + sum_v (quantize_v a_v + dequantize_v sum_r b_vr)
     subject to  sum_c x_sc = 1                      one choice per site, "keep" among them unless it must change
                 a_v >= reads_vs - writes_v          some reader wants integers, producer is float
                 b_vr >= writes_v - reads_vr         producer leaves integers, reader r is float
@@ -12,6 +12,9 @@ DequantizeLinear where a reader is float, so regions of integer nodes pay and lo
                 x_sc + x_td <= 1                    where c removes the node that site t is about
                 u_t >= x_sc                         choice c causes distortion t
                 sum_t price_t u_t <= budget         each distortion counted once
+
+Costs are time and energy, worth are the bytes that go, each at the rate the objective gives it
+(:class:`~onnxcompress.objective.Rates`).
 
 For fixed x all other variables take integral values at the optimum, so only x is declared integer.
 Exact prices being unknown beforehand, the pipeline checks the plan on the real thing.
@@ -30,23 +33,25 @@ import numpy as np
 
 from onnxcompress.base import Choice, Site, Term
 from onnxcompress.errors import OnnxCompressError
+from onnxcompress.objective import Rates
 
-__all__ = ["Option", "Plan", "Question", "ValueCost", "solve"]
+__all__ = ["Option", "Plan", "Question", "ValueCost", "solve", "tally"]
 
 _GAP = 1e-4
 _NODES = 20_000
 _INFEASIBLE = 2
 """What ``scipy.optimize.milp`` returns as its status then."""
 _LEAST_GAIN = 2e-4
-"""A rewrite must save this share of the model's time: noise without return is not worth having."""
+"""A rewrite must save this share of what the model takes: noise without return is not worth having."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """A choice with its cost: seconds the covered nodes take after it."""
+    """A choice with its cost: seconds the covered nodes take after it, and joules where energy is aimed at."""
 
     choice: Choice
     seconds: float
+    joules: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,14 @@ class Question:
         seconds: of its nodes now.
         options: what could be done.
         must: one of the options has to be taken, for the device cannot run the nodes as they are.
+        joules: of its nodes now, where energy is aimed at.
     """
 
     site: Site
     seconds: float
     options: tuple[Option, ...]
     must: bool = False
+    joules: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,9 @@ class Plan:
         seconds_before: the same with nothing done.
         price: summed price of the distortions caused.
         gains: seconds saved by each chosen site alone, conversions left out; none where it had to change.
+        value: what plans are compared by: the cost after the plan at the rates of the objective, less what the bytes
+            are worth that go.
+        value_before: the same with nothing done.
     """
 
     choices: Mapping[str, Choice]
@@ -102,6 +112,8 @@ class Plan:
     seconds_before: float
     price: float
     gains: Mapping[str, float] = field(default_factory=dict)
+    value: float = field(default=0.0, compare=False)
+    value_before: float = field(default=0.0, compare=False)
 
 
 class _Program:
@@ -179,7 +191,7 @@ def solve(
     prices: Mapping[Term, float],
     *,
     budget: float | None,
-    seconds_per_byte: float,
+    rates: Rates,
 ) -> Plan | None:
     """The cheapest plan within the budget.
 
@@ -188,15 +200,16 @@ def solve(
         values: conversion costs of every value some option reads or writes as integers.
         prices: distortion of each term: noise power over signal power at the worst output.
         budget: most the prices may sum to; None for no limit.
-        seconds_per_byte: what a byte off the file is worth.
+        rates: what seconds, joules and bytes are worth.
 
     Returns:
         The plan; empty if nothing pays. None if sites that must change cannot within the budget.
     """
     if not any(q.options for q in questions):
-        return Plan({}, sum(q.seconds for q in questions), sum(q.seconds for q in questions), 0.0)
+        return tally(questions, {}, rates)
     program = _Program()
-    least = _LEAST_GAIN * sum(q.seconds for q in questions)
+    now = rates.running(sum(q.seconds for q in questions), sum(q.joules for q in questions))
+    least = _LEAST_GAIN * (now + rates.bytes_total)
     picks: list[tuple[int, Question, Option | None]] = []
     causes: dict[Term, list[int]] = {}
     reads: dict[str, dict[str, list[int]]] = {}
@@ -205,12 +218,12 @@ def solve(
     for question in questions:
         columns = []
         if not (question.must and question.options):
-            columns.append(program.variable(question.seconds, integer=True))
+            columns.append(program.variable(rates.running(question.seconds, question.joules), integer=True))
             picks.append((columns[0], question, None))
         for option in question.options:
             choice = option.choice
-            worth = seconds_per_byte * choice.bytes_saved
-            column = program.variable(option.seconds - worth + least, integer=True)
+            cost = rates.running(option.seconds, option.joules) - rates.worth(choice)
+            column = program.variable(cost + least, integer=True)
             columns.append(column)
             picks.append((column, question, option))
             for term in choice.terms:
@@ -222,7 +235,7 @@ def solve(
                 writes.setdefault(value, []).append(column)
         program.constraint([(c, 1.0) for c in columns], 1.0, 1.0)
     _removals(program, picks)
-    _conversions(program, values, reads, writes)
+    _conversions(program, values, reads, writes, rates)
     for column, value in native:  # x <= writes
         program.constraint([(column, -1.0), *((c, 1.0) for c in writes.get(value, ()))], 0.0, np.inf)
     _distortion(program, causes, prices, budget)
@@ -230,7 +243,7 @@ def solve(
     if x is None:
         return None
     chosen = [(question, option) for column, question, option in picks if option is not None and x[column] > 0.5]
-    return _plan(questions, values, prices, {q.site.key: o for q, o in chosen})
+    return _plan(questions, values, prices, {q.site.key: o for q, o in chosen}, rates)
 
 
 def _removals(program: _Program, picks: Sequence[tuple[int, Question, Option | None]]) -> None:
@@ -252,21 +265,25 @@ def _conversions(
     values: Mapping[str, ValueCost],
     reads: Mapping[str, Mapping[str, Sequence[int]]],
     writes: Mapping[str, Sequence[int]],
+    rates: Rates,
 ) -> None:
+    def cost(seconds: float) -> float:
+        return rates.running(seconds, rates.watts * seconds)
+
     for name, value in values.items():
         written = [(c, 1.0) for c in writes.get(name, ())]
         readers = reads.get(name, {})
-        quantize = program.variable(value.quantize)
+        quantize = program.variable(cost(value.quantize))
         for columns in readers.values():  # a >= reads - writes
             program.constraint([(quantize, 1.0), *written, *((c, -1.0) for c in columns)], 0.0, np.inf)
         if not written:
             continue
         minus = [(c, -1.0) for c, _ in written]
         if value.float_readers:  # b >= writes
-            dequantize = program.variable(value.dequantize * value.float_readers)
+            dequantize = program.variable(cost(value.dequantize * value.float_readers))
             program.constraint([(dequantize, 1.0), *minus], 0.0, np.inf)
         for key in value.readers:  # b >= writes - reads
-            dequantize = program.variable(value.dequantize)
+            dequantize = program.variable(cost(value.dequantize))
             program.constraint([(dequantize, 1.0), *minus, *((c, 1.0) for c in readers.get(key, ()))], 0.0, np.inf)
 
 
@@ -295,10 +312,10 @@ def _plan(
     values: Mapping[str, ValueCost],
     prices: Mapping[Term, float],
     chosen: Mapping[str, Option],
+    rates: Rates,
 ) -> Plan:
     """Prices a set of choices exactly as the program does."""
-    before = sum(q.seconds for q in questions)
-    after = sum(chosen[q.site.key].seconds if q.site.key in chosen else q.seconds for q in questions)
+    conversions: list[float] = []
     read_by: dict[str, set[str]] = {}
     written: set[str] = set()
     for key, option in chosen.items():
@@ -308,14 +325,44 @@ def _plan(
     for name, cost in values.items():
         readers = read_by.get(name, set())
         if name not in written and readers:
-            after += cost.quantize
+            conversions.append(cost.quantize)
         if name in written:
-            after += cost.dequantize * (cost.float_readers + len(set(cost.readers) - readers))
+            conversions.append(cost.dequantize * (cost.float_readers + len(set(cost.readers) - readers)))
     terms = {t for option in chosen.values() for t in option.choice.terms}
+    return tally(questions, chosen, rates, conversions, sum(prices.get(t, 0.0) for t in terms))
+
+
+def tally(
+    questions: Sequence[Question],
+    chosen: Mapping[str, Option],
+    rates: Rates,
+    conversions: Sequence[float] = (),
+    price: float = 0.0,
+) -> Plan:
+    """The plan that some options make up, whatever they cause.
+
+    Args:
+        questions: all sites.
+        chosen: by site key; the others stay as they are.
+        rates: what seconds, joules and bytes are worth.
+        conversions: seconds of conversions between them.
+        price: summed price of the distortions.
+    """
+    before = sum(q.seconds for q in questions)
+    after = sum(chosen[q.site.key].seconds if q.site.key in chosen else q.seconds for q in questions)
+    joules = sum(chosen[q.site.key].joules if q.site.key in chosen else q.joules for q in questions)
+    for seconds in conversions:
+        after += seconds
+        joules += rates.watts * seconds
+    counted = sum(rates.counted(option.choice) for option in chosen.values())
     return Plan(
-        {key: option.choice for key, option in chosen.items()},
-        after,
-        before,
-        sum(prices.get(t, 0.0) for t in terms),
-        {q.site.key: q.seconds - chosen[q.site.key].seconds for q in questions if q.site.key in chosen and not q.must},
+        choices={key: option.choice for key, option in chosen.items()},
+        seconds=after,
+        seconds_before=before,
+        price=price,
+        gains={
+            q.site.key: q.seconds - chosen[q.site.key].seconds for q in questions if q.site.key in chosen and not q.must
+        },
+        value=rates.running(after, joules) - counted,
+        value_before=rates.running(before, sum(q.joules for q in questions)),
     )

@@ -9,7 +9,8 @@ from functools import cached_property
 
 from onnxcompress.alone import Effect, with_terms
 from onnxcompress.base import KEEP, Choice, Pass, Precision, Site, Skip, Skipped, Term
-from onnxcompress.cost import Costing, CostModel
+from onnxcompress.cost import Costing, CostModel, ModelCost
+from onnxcompress.objective import Rates
 from onnxcompress.planner import Option, Plan, Question, ValueCost
 from onnxcompress.report import SiteReport
 from onnxcompress.sketch import Drawn, drawn_model, redrawn
@@ -22,12 +23,18 @@ __all__ = ["Offer", "ask", "explain", "offers", "option_of"]
 
 _HARDLY_FASTER = 0.8
 _LEAST_STEP = 2e-4
-"""Share of the model's time that a smaller width has to save."""
+"""Share of what the model takes that a smaller width has to save."""
 _LARGE = 1000
 """Nodes of a graph above which a width is priced as if what runs inside what stayed the same."""
 _SMALLER_MAY_COST = 5e-3
-"""Share of the model's time that nodes may take more where they make the file smaller."""
+"""Share of the model's time that nodes may take more where they make the file smaller, if files are no aim."""
+_MEASURED_SLOWER = "int8 kernels measured slower than the input on this machine"
+_NO_FASTER_WIDTH = "no smaller width is predicted faster here"
+_NO_WIDTH = "no smaller width is predicted to gain anything here"
+_SLOWER = "{} is predicted slower here, and no other choice faster"
+_NO_GAIN = "{} is predicted to gain nothing here, nor does any other choice"
 _NO_DATA = "it needs ranges from real data, and there is no calibration data"
+_BY_TIME = Rates()
 
 
 @dataclass(frozen=True)
@@ -43,12 +50,21 @@ class Offer:
     skipped: tuple[Skipped, ...]
 
 
-def offers(pass_: Pass, view: GraphView, target: Target, *, synthetic: bool, float_only: bool = False) -> Offer:
+def offers(
+    pass_: Pass,
+    view: GraphView,
+    target: Target,
+    *,
+    synthetic: bool,
+    float_only: bool = False,
+    stored_by: str = "",
+) -> Offer:
     """Sites and choices of a pass.
 
     Args:
         synthetic: there is no real data, so only choices that need none are offered.
         float_only: only choices that leave the kernels float are.
+        stored_by: a later pass that stores weights in fewer bits, to which choices that only do that are left.
     """
     choices: dict[Site, tuple[Choice, ...]] = {}
     skipped: list[Skipped] = []
@@ -62,11 +78,12 @@ def offers(pass_: Pass, view: GraphView, target: Target, *, synthetic: bool, flo
             skipped.append(Skipped(site.key, skip.reason))
             continue
         real = tuple(c for c in found if not (synthetic and c.calibrated))
-        usable = tuple(c for c in real if not float_only or c.precision == Precision.FLOAT)
+        fast = tuple(c for c in real if not float_only or c.precision == Precision.FLOAT)
+        usable = tuple(c for c in fast if not (stored_by and c.stored))
         if usable:
             choices[site] = usable
         else:
-            why = "int8 kernels measured slower than the input on this machine" if real else _NO_DATA
+            why = f"stored smaller by a later pass: {stored_by}" if fast else _MEASURED_SLOWER if real else _NO_DATA
             why = why if found else "nothing to choose"
             skipped.append(Skipped(site.key, why))
     return Offer(choices, tuple(skipped))
@@ -81,13 +98,15 @@ def ask(
     *,
     integers_only: bool = False,
     gains_only: bool = True,
+    rates: Rates = _BY_TIME,
 ) -> tuple[list[Question], dict[str, ValueCost], dict[str, str]]:
-    """Prices every choice in seconds.
+    """Prices every choice in seconds, and in joules where energy is aimed at.
 
     Args:
         effect: makes a choice on a clone, for those whose gain nothing else tells.
         integers_only: the device runs nothing else, so a node with an integer form must take one.
-        gains_only: a width that is not faster than the wider ones is left out.
+        gains_only: a width that gains no more than the wider ones is left out.
+        rates: what seconds, joules and bytes are worth, which tells what a gain is.
 
     Returns:
         Questions for the planner; conversion costs by value; by site key, why a choice was left
@@ -95,57 +114,74 @@ def ask(
     """
     total = cost.model(view, shapes)
     now, whole = {row.name: row.seconds for row in total.nodes}, total.seconds
+    power = {row.name: rates.joules(row.energy_joule, row.seconds) for row in total.nodes}
+    everything = rates.total or rates.running(whole, rates.joules(total.energy_joule, whole))
     resized = _Resizing(view, cost, shapes)
     here = cost.for_model(view, shapes)
-    redrawing = _Redrawing(view, here, shapes)
+    redrawing = _Redrawing(view, here, shapes, rates)
     questions: list[Question] = []
     missing: dict[str, str] = {}
     for site, choices in offer.choices.items():
         seconds = sum(now.get(name, 0.0) for name in site.nodes)
+        joules = sum(power.get(name, 0.0) for name in site.nodes)
         options: list[Option] = []
         for choice in choices:
-            after: float | None = seconds
             if choice.resizes:
-                after = seconds + resized(choice.resizes) - whole
-                least = min([seconds, *(o.seconds for o in options)])
-                if gains_only and after > least - _LEAST_STEP * whole:  # 52 of 64 channels that cost as much as 64
-                    missing.setdefault(site.key, "no smaller width is predicted faster here")
-                else:
-                    options.append(Option(choice, after))
+                other = resized(choice.resizes)
+                change = rates.joules(other.energy_joule, other.seconds) - rates.joules(total.energy_joule, whole)
+                option = Option(choice, seconds + other.seconds - whole, joules + change)
+                least = min([rates.running(seconds, joules), *(_taken(o, rates) for o in options)])
+                if gains_only and _taken(option, rates) > least - _LEAST_STEP * everything:
+                    missing.setdefault(site.key, _NO_WIDTH if rates.by_bytes else _NO_FASTER_WIDTH)
+                else:  # not 52 of 64 channels that cost as much as 64
+                    options.append(option)
                 continue
             if choice.becomes:
-                after = seconds + redrawing(site, choice)
-                more = _SMALLER_MAY_COST * whole if choice.bytes_saved > 0 else -_LEAST_STEP * whole
-                if gains_only and after > seconds + more:
-                    missing.setdefault(site.key, f"{choice.name} is predicted slower here, and no other choice faster")
+                more_seconds, more_joules = redrawing(site, choice)
+                option = Option(choice, seconds + more_seconds, joules + more_joules)
+                smaller = choice.bytes_saved > 0 and not rates.by_bytes
+                more = everything * (_SMALLER_MAY_COST if smaller else -_LEAST_STEP)
+                if gains_only and _taken(option, rates) > rates.running(seconds, joules) + more:
+                    missing.setdefault(site.key, (_NO_GAIN if rates.by_bytes else _SLOWER).format(choice.name))
                 else:
-                    options.append(Option(choice, after))
+                    options.append(option)
                 continue
             if choice.effects and choice.precision == Precision.FLOAT:
-                change = effect(choice)
-                if change is None:
+                found = effect(choice)
+                if found is None:
                     missing[site.key] = f"{choice.name} cannot be made, or the result does not run"
                     continue
-                options.append(Option(replace(choice, bytes_saved=change.bytes_saved), seconds + change.seconds))
+                choice = replace(choice, bytes_saved=found.bytes_saved)
+                options.append(Option(choice, seconds + found.seconds, joules + rates.joules(found.joules, 0.0)))
                 continue
             node = view.node(site.nodes[0] if site.key not in site.nodes else site.key)
+            after: float | None = seconds
+            energy = joules
             if choice.precision != Precision.FLOAT:
-                after = here.node(work_of(view, node, shapes), choice.precision)
+                work = work_of(view, node, shapes)
+                after = here.node(work, choice.precision)
+                energy = rates.joules(here.joules(work, choice.precision, after or 0.0), after or 0.0)
             if after is None:
                 missing[site.key] = f"the profile has no {choice.precision} kernel for this {node.op_type}"
             else:
                 extra = sum(_elementwise(op, shapes.get(name, ()), here) for op, name in choice.adds)
                 gone = sum(now.get(name, 0.0) for name in choice.removes)
-                options.append(Option(choice, after + extra - gone))
+                energy += rates.joules(None, extra) - sum(power.get(name, 0.0) for name in choice.removes)
+                options.append(Option(choice, after + extra - gone, energy))
         if integers_only and any(o.choice.precision != Precision.FLOAT for o in options):
-            questions.append(Question(site, seconds, _integer(options), must=True))
+            questions.append(Question(site, seconds, _integer(options), must=True, joules=joules))
             continue
-        questions.append(Question(site, seconds, _undominated(options)))
+        questions.append(Question(site, seconds, _undominated(options), joules=joules))
     return questions, _value_costs(questions, view, here, shapes), missing
 
 
+def _taken(option: Option, rates: Rates) -> float:
+    """What plans with an option are compared by."""
+    return rates.running(option.seconds, option.joules) - rates.counted(option.choice)
+
+
 class _Resizing:
-    """Seconds of the whole model with some axes of other sizes."""
+    """The cost of the whole model with some axes of other sizes."""
 
     def __init__(self, view: GraphView, cost: CostModel, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._view, self._cost, self._shapes = view, cost, shapes
@@ -161,39 +197,47 @@ class _Resizing:
         weights = {str(v.name): v.const_value.shape.numpy() for v in self._view.weights() if v.const_value is not None}
         return {**{name: tuple(int(d) for d in shape) for name, shape in weights.items()}, **self._shapes}
 
-    def __call__(self, resizes: Iterable[tuple[str, int, int]]) -> float:
+    def __call__(self, resizes: Iterable[tuple[str, int, int]]) -> ModelCost:
         changes: dict[str, list[int]] = {}
         for name, axis, size in resizes:
             if name in self._known:
                 changes.setdefault(name, list(self._known[name]))[axis] = size
         large = len(self._view.nodes()) > _LARGE
         shapes = {name: tuple(shape) for name, shape in changes.items()}
-        return self._costing.reshaped(shapes, same_structure=large).cost().seconds
+        return self._costing.reshaped(shapes, same_structure=large).cost()
 
 
 def option_of(
-    choice: Choice, question: Question, view: GraphView, cost: CostModel, shapes: Mapping[str, tuple[int, ...]]
+    choice: Choice,
+    question: Question,
+    view: GraphView,
+    cost: CostModel,
+    shapes: Mapping[str, tuple[int, ...]],
+    rates: Rates = _BY_TIME,
 ) -> Option:
     """A choice that nobody asked about and that was made all the same, priced like the others of its site."""
-    redrawing = _Redrawing(view, cost.for_model(view, shapes), shapes)
-    return Option(choice, question.seconds + (redrawing(question.site, choice) if choice.becomes else 0.0))
+    redrawing = _Redrawing(view, cost.for_model(view, shapes), shapes, rates)
+    seconds, joules = redrawing(question.site, choice) if choice.becomes else (0.0, 0.0)
+    return Option(choice, question.seconds + seconds, question.joules + joules)
 
 
 class _Redrawing:
-    """Seconds that nodes of a site take more, or less, when others take their place."""
+    """Seconds and joules that nodes of a site take more, or less, when others take their place."""
 
-    def __init__(self, view: GraphView, here: CostModel, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self._view, self._here, self._shapes = view, here, shapes
-        self._before: dict[Site, float] = {}
+    def __init__(self, view: GraphView, here: CostModel, shapes: Mapping[str, tuple[int, ...]], rates: Rates) -> None:
+        self._view, self._here, self._shapes, self._rates = view, here, shapes, rates
+        self._before: dict[Site, tuple[float, float]] = {}
 
-    def __call__(self, site: Site, choice: Choice) -> float:
+    def __call__(self, site: Site, choice: Choice) -> tuple[float, float]:
         if site not in self._before:
-            self._before[site] = self._seconds([redrawn(self._view.node(name)) for name in site.nodes])
-        return self._seconds(choice.becomes) - self._before[site]
+            self._before[site] = self._cost([redrawn(self._view.node(name)) for name in site.nodes])
+        before, after = self._before[site], self._cost(choice.becomes)
+        return after[0] - before[0], after[1] - before[1]
 
-    def _seconds(self, drawing: Sequence[Drawn]) -> float:
+    def _cost(self, drawing: Sequence[Drawn]) -> tuple[float, float]:
         model, shapes = drawn_model(drawing, self._view, self._shapes)
-        return self._here.part(GraphView(model), shapes)
+        cost = self._here.part(GraphView(model), shapes)
+        return cost.seconds, sum(self._rates.joules(row.energy_joule, row.seconds) for row in cost.nodes)
 
 
 def _integer(options: Sequence[Option]) -> tuple[Option, ...]:
@@ -205,7 +249,7 @@ def _integer(options: Sequence[Option]) -> tuple[Option, ...]:
 
 def _undominated(options: Sequence[Option]) -> tuple[Option, ...]:
     """Leaves out what needs calibrated ranges and integer neighbours, yet is hardly faster than what needs neither."""
-    free = [o.seconds for o in options if not o.choice.calibrated and o.choice.precision != Precision.FLOAT]
+    free = [o.seconds for o in options if not o.choice.calibrated and o.choice.precision == Precision.DYNAMIC]
     if not free:
         return tuple(options)
     limit = _HARDLY_FASTER * min(free)
@@ -260,6 +304,7 @@ def explain(
     refused: Collection[Skipped],
     verdict: str,
     told: Mapping[str, str] | None = None,
+    rates: Rates = _BY_TIME,
 ) -> tuple[SiteReport, ...]:
     """One line a site: what was done, or what speaks against it.
 
@@ -268,6 +313,7 @@ def explain(
         free_plan: what would have been chosen had distortion been free.
         verdict: why the pass as a whole was dropped; empty if it was not.
         told: what the pass had to say of what it made.
+        rates: what seconds, joules and bytes are worth.
     """
     ops = {str(n.name): n.op_type for n in view.nodes()}
     for question in questions:  # a key may be more than the name of a node
@@ -292,7 +338,7 @@ def explain(
             )
             continue
         reason = refusals.get(key) or _dropped(verdict, key, free_plan, prices)
-        reason = reason or _why_kept(question, free_plan, prices, impossible, missing)
+        reason = reason or _why_kept(question, free_plan, prices, impossible, missing, rates)
         rows.append(SiteReport(pass_.name, key, ops[key], KEEP, reason))
     return tuple(rows)
 
@@ -311,6 +357,7 @@ def _why_kept(
     prices: Mapping[Term, float],
     impossible: Mapping[Term, str],
     missing: Mapping[str, str],
+    rates: Rates,
 ) -> str:
     key = question.site.key
     if not question.options:
@@ -324,7 +371,9 @@ def _why_kept(
         decibels = _decibels(sum(prices.get(t, 0.0) for t in wanted.terms))
         noise = "its noise" if decibels is None else f"its noise ({decibels:.1f} dB at the worst output)"
         return f"{wanted.name} would pay, but {noise} does not fit into the budget"
-    best = min(question.options, key=lambda o: o.seconds)
+    best = min(question.options, key=lambda o: _taken(o, rates))
+    if rates.by_bytes and rates.counted(best.choice) > 0:
+        return f"{best.choice.name} would save {best.choice.bytes_saved} bytes: too little, or less than what it costs"
     if best.seconds >= question.seconds and best.choice.precision != Precision.FLOAT:
         return f"{best.choice.name} is predicted slower here: {_ms(best.seconds)} instead of {_ms(question.seconds)}"
     if best.seconds >= question.seconds:

@@ -167,6 +167,8 @@ class Attempt:
         metric: the user's metric, where there is one.
         speed_up: measured on this machine, where it is the profile's device.
         verdict: "accepted", or why not.
+        predicted_bytes: weights of the result, in the file, compressed or in memory, whichever the target weighs most;
+            None where it aims at no bytes.
     """
 
     kind: str
@@ -176,6 +178,7 @@ class Attempt:
     metric: float | None
     speed_up: float | None
     verdict: str
+    predicted_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -191,6 +194,9 @@ class Totals:
         comparison: against the input model on data not used for calibration.
         metric_before: the user's metric, where there is one.
         metric_after: the same for the result.
+        memory_bytes: predicted, as ``predicted_ms``: weights in memory while the model runs, those unpacked at load as
+            they then are, and the most bytes of activations alive at once.
+        energy_mj: predicted millijoules of a run; None if the profile does not know.
     """
 
     file_bytes: tuple[int, int]
@@ -200,6 +206,8 @@ class Totals:
     comparison: Comparison
     metric_before: float | None = None
     metric_after: float | None = None
+    memory_bytes: tuple[int, int] | None = None
+    energy_mj: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -238,7 +246,10 @@ class OnDevice:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything about one run of the optimizer; ``on_device`` is there if the profile sets limits."""
+    """Everything about one run of the optimizer; ``on_device`` is there if the profile sets limits.
+
+    ``target`` is what it aimed at: weights of latency, size, download, memory and energy, each relative to the input.
+    """
 
     input: str
     profile: str
@@ -254,6 +265,7 @@ class Report:
     warnings: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     on_device: OnDevice | None = None
+    target: Mapping[str, float] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def to_json(self) -> str:

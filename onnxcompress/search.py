@@ -9,14 +9,15 @@ because they are what the limit buys back at the least cost.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
 from onnxcompress.base import Choice, Pass, Term
 from onnxcompress.errors import ModelRunError
-from onnxcompress.planner import Option, Plan, Question, ValueCost, solve
+from onnxcompress.objective import Rates
+from onnxcompress.planner import Option, Plan, Question, ValueCost, solve, tally
 from onnxcompress.report import Attempt
 from onnxcompress.sensitivity import Prices
 from onnxcompress.statistics import Evidence
@@ -34,7 +35,7 @@ _LEAST_SLOPE = 0.3
 _AIM, _USED_UP = 0.95, 0.85
 """Share of the budget that the next plan aims at, and that counts as used up."""
 _CLOSE = 1.03
-"""A plan this much slower than the slowest one that failed is close enough."""
+"""A plan that takes this much more than the one that took most and failed is close enough."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Search:
         questions: its sites, priced in seconds.
         values: conversion costs.
         noise: noise power the budget allows at the worst output.
-        rate: seconds a byte off the file is worth.
+        rates: what seconds, joules and bytes are worth; plans are compared by that.
         gather: collects the evidence choices need.
         price: measures terms on so many samples.
         check: runs a candidate on held-out data.
@@ -88,6 +89,7 @@ class Search:
         reprice: what a choice costs that no question offered.
         relative: how large a term is among others of its kind, see :meth:`Pass.relative`.
         whole: seconds of the whole model before; sites may share nodes, so theirs do not add up to it.
+        weighed: bytes that the model would come to with a plan, of the kind that is aimed at; for the record.
         settle: makes a candidate up for what the pass did to it; returns it, or a better one. Asked of every
             candidate, and, with True, once more of the one that is kept: what takes long can wait until then.
         prices: what has been measured.
@@ -100,7 +102,7 @@ class Search:
     questions: list[Question]
     values: Mapping[str, ValueCost]
     noise: float
-    rate: float
+    rates: Rates
     gather: Callable[[Sequence[Choice]], Evidence]
     price: Callable[[Sequence[Term], Evidence, int], Prices]
     check: Callable[[ir.Model], Checked]
@@ -108,6 +110,7 @@ class Search:
     by_noise: bool = True
     settle: Callable[[ir.Model, bool], ir.Model] = lambda model, last: model
     reprice: Callable[[Choice, Question], Option] | None = None
+    weighed: Callable[[Iterable[Choice]], int | None] = lambda choices: None
     relative: Callable[[Term, Evidence], tuple[Hashable, float] | None] = lambda term, evidence: None
     whole: float = 0.0
 
@@ -127,7 +130,7 @@ class Search:
         plan: Plan | None
         plan, limit = self.free, math.inf
         holds, fails = 0.0, math.inf  # limits known to hold and to fail
-        out_of_reach = 0.0  # seconds of the slowest plan known to fail
+        out_of_reach = 0.0  # of plans known to fail, the highest value
         tried: set[frozenset[Choice]] = set()
         for _ in range(_ATTEMPTS):
             if plan is None:  # what must change cannot within the budget
@@ -138,10 +141,10 @@ class Search:
             tried.add(key)
             built, checked, plan = self._try(plan)
             if not checked.problem:
-                if best is None or self._seconds(plan) < self._seconds(best[1]):
+                if best is None or self._value(plan) < self._value(best[1]):
                     best = built, plan, checked.min_sqnr_db
                 holds, real = limit, _power(checked)
-                if limit is math.inf or self._seconds(best[1]) <= _CLOSE * out_of_reach:
+                if limit is math.inf or self._value(best[1]) <= _CLOSE * out_of_reach:
                     break
                 if self.by_noise and real >= _USED_UP * self.noise:
                     break
@@ -156,7 +159,7 @@ class Search:
                     if self.impossible.keys() & _terms(plan):
                         plan = self._solve(None)
                         continue
-                out_of_reach = max(out_of_reach, self._seconds(plan))
+                out_of_reach = max(out_of_reach, self._value(plan))
                 fails = min(limit, plan.price)
                 limit = self._lower(holds, fails, plan, checked)
             plan = self._solve(limit)
@@ -168,22 +171,11 @@ class Search:
     def by_hand(self) -> Found:
         """The user's word: the strongest possible choice at every site; checked all the same."""
         strongest = {q.site.key: q.options[-1] for q in self.questions if q.options}
-        built, checked, plan = self._try(self._plan_of(strongest))
+        built, checked, plan = self._try(tally(self.questions, strongest, self.rates))
         if checked.problem:
             return Found(None, _NO_PLAN, checked.problem)
         built, sqnr = self._settled(built, checked.min_sqnr_db)
         return Found(built, plan, "", sqnr)
-
-    def _plan_of(self, options: Mapping[str, Option]) -> Plan:
-        """These options, whatever they cause."""
-        before = sum(q.seconds for q in self.questions)
-        after = sum(options[q.site.key].seconds if q.site.key in options else q.seconds for q in self.questions)
-        gains = {
-            q.site.key: q.seconds - options[q.site.key].seconds
-            for q in self.questions
-            if q.site.key in options and not q.must
-        }
-        return Plan({k: o.choice for k, o in options.items()}, after, before, 0.0, gains)
 
     def _as_made(self, plan: Plan, built: Built) -> Plan:
         """A plan some choices of which turned into others when it was built."""
@@ -193,7 +185,7 @@ class Search:
         by_key = {q.site.key: q for q in self.questions}
         known = {o.choice: o for q in self.questions for o in q.options}
         made = {c.site.key: known.get(c) or self.reprice(c, by_key[c.site.key]) for c in built.made}
-        return replace(self._plan_of(made), price=plan.price)
+        return tally(self.questions, made, self.rates, price=plan.price)
 
     def _settled(self, built: Built, sqnr: float) -> tuple[Built, float]:
         """The candidate that is kept, settled for good where it then still holds."""
@@ -222,6 +214,10 @@ class Search:
     def _seconds(self, plan: Plan) -> float:
         """Predicted seconds of the whole model; of the sites where the whole is not known."""
         return plan.seconds + (self.whole - plan.seconds_before if self.whole else 0.0)
+
+    def _value(self, plan: Plan) -> float:
+        """What plans are compared by, of the whole model; of the sites where the whole is not known."""
+        return plan.value + (self.rates.total - plan.value_before if self.rates.total else 0.0)
 
     def _between(self, holds: float, fails: float) -> float:
         """A limit between one that holds and one that fails: where noise, read off both, would just fit."""
@@ -252,7 +248,7 @@ class Search:
         and it solves again. What no good plan would cause is never tried.
         """
         while True:
-            plan = solve(self.questions, self.values, self.prices, budget=limit, seconds_per_byte=self.rate)
+            plan = solve(self.questions, self.values, self.prices, budget=limit, rates=self.rates)
             if limit is None or plan is None or not self._measure(plan):
                 return plan
 
@@ -339,6 +335,7 @@ class Search:
                 metric=checked.metric,
                 speed_up=None,
                 verdict=checked.problem or "accepted",
+                predicted_bytes=self.weighed(plan.choices.values()),
             )
         )
         return built, checked, plan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from weakref import ref
@@ -15,7 +15,9 @@ from onnxcompress.base import Choice, Pass, Term
 from onnxcompress.calibrate import calibrate
 from onnxcompress.cost import CostModel
 from onnxcompress.data import Source
+from onnxcompress.footprint import resident_bytes
 from onnxcompress.judge import Judge
+from onnxcompress.objective import DEFAULT, Objective, Rates, Spent, memory_saved
 from onnxcompress.paired import cross_moments
 from onnxcompress.planner import Plan
 from onnxcompress.questions import Offer, ask, explain, offers, option_of
@@ -32,9 +34,6 @@ __all__ = ["FEW", "Calibrator", "Conditions", "Progress", "Turn", "take_turn"]
 
 Progress = Callable[[str, int, int | None], None]
 """Called with (what is being done, steps done, steps in all or None)."""
-
-BYTES_WORTH = 0.5
-"""All weight bytes together are worth this share of the model's time."""
 
 _SLOW_SECONDS = 0.01
 """Models predicted slower than this have their terms priced on one sample, faster ones on two."""
@@ -127,6 +126,7 @@ class Conditions:
         judge: holds candidates against the input model.
         data: calibration.
         progress: told what is being done.
+        objective: what the run aims at.
     """
 
     target: Target
@@ -134,6 +134,7 @@ class Conditions:
     judge: Judge
     data: Calibrator
     progress: Progress
+    objective: Objective = DEFAULT
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,7 @@ def take_turn(
     *,
     by_hand: bool,
     float_only: bool,
+    stored_by: str = "",
 ) -> Turn:
     """One pass on one model.
 
@@ -175,9 +177,11 @@ def take_turn(
         conditions: of the run.
         by_hand: the user named the pass.
         float_only: only choices that leave the kernels float.
+        stored_by: a later pass to which choices that only store weights smaller are left.
     """
     view = GraphView(model, shapes)
-    offer = offers(pass_, view, conditions.target, synthetic=conditions.data.synthetic, float_only=float_only)
+    synthetic = conditions.data.synthetic
+    offer = offers(pass_, view, conditions.target, synthetic=synthetic, float_only=float_only, stored_by=stored_by)
     if not offer.choices:
         nothing = Plan({}, 0, 0, 0)
         sites = explain(pass_, offer, (), nothing, nothing, {}, {}, {}, view, (), "")
@@ -200,7 +204,8 @@ class _Turn:
         self._model, self._shapes, self._view, self._pass, self._offer = model, shapes, view, pass_, offer
         self._share, self._conditions, self._judge = share, conditions, conditions.judge
         self._data = conditions.data
-        self._before = conditions.cost.model(view, shapes).seconds
+        self._cost = conditions.cost.model(view, shapes, compressed=conditions.objective.download > 0)
+        self._before = self._cost.seconds
         self._noise = share * 10 ** (-self._judge.floor / 10)
         self._known = Evidence(synthetic=self._data.synthetic)
         self._swept: set[Need] = set()
@@ -219,24 +224,26 @@ class _Turn:
             self._alone,
             integers_only=self._conditions.target.required,
             gains_only=pass_.planned or not by_hand,
+            rates=self._rates(self._before),
         )
         options = [o.choice for q in self._questions for o in q.options]
         self._whole = {t: choice for choice in options for t in choice.terms if t.kind == ALONE}
         seconds = min(sum(q.seconds for q in self._questions), self._before)  # sites may share nodes
-        rate = BYTES_WORTH * seconds / max(1, models.weight_bytes(model))
+        rates = self._rates(seconds)
         samples = 1 if self._before > _SLOW_SECONDS else 2
         if any(choice.resizes or choice.becomes for choice in options):
             samples *= _MORE_SAMPLES
         search = Search(
-            model, pass_, self._questions, values, self._noise, rate, self._gather, self._price, self._check, samples
+            model, pass_, self._questions, values, self._noise, rates, self._gather, self._price, self._check, samples
         )
         search.whole = self._before
         search.by_noise = self._judge.by_noise
         search.settle = self._settler()
         search.relative = pass_.relative
         search.reprice = lambda choice, question: option_of(
-            choice, question, self._view, self._conditions.cost, self._shapes
+            choice, question, self._view, self._conditions.cost, self._shapes, rates
         )
+        search.weighed = lambda choices: self._weighed(choices, rates)
         found = search.by_hand() if by_hand and not pass_.planned else search.run()
         sites = explain(
             pass_,
@@ -251,6 +258,7 @@ class _Turn:
             found.built.refused if found.built is not None else (),
             found.problem if found.built is None else "",
             found.built.told if found.built is not None else {},
+            rates,
         )
         saved = found.plan.seconds_before - found.plan.seconds
         result = found.built.model if found.built is not None else model
@@ -266,12 +274,36 @@ class _Turn:
             added = Added(1e3 * saved, models.weight_bytes(self._model) - after, found.min_sqnr_db)
         return PassReport(self._pass.name, pass_options(self._pass), changed, outcome, remark, added)
 
+    def _rates(self, seconds: float) -> Rates:
+        """Prices of choices whose sites take so many seconds."""
+        return self._conditions.objective.rates(self._spent, seconds)
+
+    @cached_property
+    def _spent(self) -> Spent:
+        """What the model takes, the weights for its files."""
+        cost, memory = self._cost, None
+        if self._conditions.objective.memory:
+            resident = resident_bytes(self._conditions.cost.profile, self._view, self._shapes)
+            memory = resident + cost.peak_activation_bytes
+        return Spent(cost.seconds, models.weight_bytes(self._model), cost.zstd_bytes, memory, cost.energy_joule)
+
+    def _weighed(self, choices: Iterable[Choice], rates: Rates) -> int | None:
+        """Bytes of weights after choices, of the kind that is aimed at."""
+        kind, spent = self._conditions.objective.bytes_aimed_at, self._spent
+        if kind == "size":
+            return spent.file_bytes - sum(c.bytes_saved for c in choices)
+        if kind == "download":
+            return (spent.download_bytes or 0) - round(sum(map(rates.download_saved, choices)))
+        if kind == "memory":
+            return (spent.memory_bytes or 0) - sum(map(memory_saved, choices))
+        return None
+
     # --- evidence ------------------------------------------------------------------------------
 
     def _alone(self, choice: Choice) -> Effect | None:
         evidence = self._data.observe(self._model, set(self._pass.needs(choice, self._view)), first=FEW)
         cost, feed = self._conditions.cost, self._data.source.first()
-        return effect(self._model, self._pass, choice, evidence, cost, feed, self._before)
+        return effect(self._model, self._pass, choice, evidence, cost, feed, self._cost)
 
     def _gather(self, choices: Sequence[Choice]) -> Evidence:
         """One sweep for the first plan, one for whatever else its sites may turn to."""

@@ -24,6 +24,7 @@ from onnxcompress.calibrate import value_shapes
 from onnxcompress.cost import CostModel
 from onnxcompress.errors import OnnxCompressError
 from onnxcompress.execution import Execution
+from onnxcompress.objective import Rates
 from onnxcompress.passes.quantize import Quantize
 from onnxcompress.planner import Option, Plan, Question, solve
 from onnxcompress.profile import Profile, list_profiles, load_profile
@@ -279,7 +280,7 @@ def question(key: str, seconds: float, *options: float, must: bool) -> Question:
 
 def planned(questions: Sequence[Question], prices: dict[str, float], budget: float | None) -> Plan | None:
     priced = {Term("t", name): price for name, price in prices.items()}
-    return solve(questions, {}, priced, budget=budget, seconds_per_byte=0.0)
+    return solve(questions, {}, priced, budget=budget, rates=Rates())
 
 
 def test_what_must_change_does_though_it_is_slower() -> None:
@@ -322,7 +323,7 @@ def test_nothing_is_priced_where_nothing_could_differ() -> None:
         raise OnnxCompressError("nobody needs to know")
 
     search = Search(
-        model, EXACT, questions, values, 1.0, 0.0, lambda c: evidence, price, lambda m: Checked(3.0, None, "3.0 dB")
+        model, EXACT, questions, values, 1.0, Rates(), lambda c: evidence, price, lambda m: Checked(3.0, None, "3.0 dB")
     )
     found = search.run()
     assert found.built is None and found.problem == "3.0 dB" and len(search.attempts) == 1

@@ -17,6 +17,7 @@ from onnxcompress import planner
 from onnxcompress.base import Choice, Site, Term
 from onnxcompress.calibrate import value_shapes
 from onnxcompress.cost import CostModel
+from onnxcompress.objective import Rates
 from onnxcompress.passes.quantize import Quantize
 from onnxcompress.planner import Option, Plan, Question, ValueCost, solve
 from onnxcompress.profile import load_profile
@@ -58,7 +59,7 @@ def plan(
     rate: float = 0.0,
 ) -> Plan:
     priced = {Term("t", name): price for name, price in (prices or {}).items()}
-    found = solve(questions, values or {}, priced, budget=budget, seconds_per_byte=rate)
+    found = solve(questions, values or {}, priced, budget=budget, rates=Rates(file_byte=rate))
     assert found is not None
     return found
 

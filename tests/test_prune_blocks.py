@@ -13,6 +13,7 @@ import onnxcompress
 from onnxcompress.base import Choice, Site, Skipped, Term
 from onnxcompress.errors import PassOptionError
 from onnxcompress.models_zoo.families import FAMILIES, family_feeds
+from onnxcompress.objective import Rates
 from onnxcompress.passes.prune_blocks import PruneBlocks
 from onnxcompress.planner import Option, Question, solve
 from onnxcompress.questions import ask, offers
@@ -227,7 +228,7 @@ def test_of_nested_blocks_the_outer_goes_or_the_inner() -> None:
         for site in EVERYTHING.sites(view)
         if isinstance(site, Site)
     ]
-    plan = solve(questions, {}, {}, budget=None, seconds_per_byte=0.0)
+    plan = solve(questions, {}, {}, budget=None, rates=Rates())
     assert plan is not None and len(plan.choices) == 1
 
 

@@ -20,6 +20,7 @@ from models import text
 from onnxcompress import model as models
 from onnxcompress.base import Choice, Pass, Site, Skip, Skipped, Term
 from onnxcompress.errors import ModelRunError
+from onnxcompress.objective import Rates
 from onnxcompress.planner import Option, Question
 from onnxcompress.rewrite import Rewriter
 from onnxcompress.search import Checked, Found, Search
@@ -111,7 +112,7 @@ class World:
             assert isinstance(site, Site)
             weak, strong = self.pass_.choices(site, view, Target("t"))
             questions.append(Question(site, 10.0, (Option(weak, 10 - saves[i] / 2), Option(strong, 10 - saves[i]))))
-        return Search(model, self.pass_, questions, {}, NOISE, 0.0, self.gather, self.price, self.check)
+        return Search(model, self.pass_, questions, {}, NOISE, Rates(), self.gather, self.price, self.check)
 
 
 def made(found: Found) -> dict[str, str]:
