@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from onnxcompress.errors import OnnxCompressError
     from onnxcompress.explanation import explain
     from onnxcompress.inspection import compare, inspect, verify
+    from onnxcompress.objective import Objective
     from onnxcompress.pipeline import Result, optimize
     from onnxcompress.report import Budget, Report
     from onnxcompress.rewrite import Rewriter

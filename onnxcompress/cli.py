@@ -154,6 +154,7 @@ def cli(context: click.Context) -> None:
     "    --max-drop 1% --metric score.py:accuracy --report report.json",
     "onnxcompress optimize in.onnx --profile cortex-a72 --calibration feeds.npz \\",
     "    --pass fold_constants --pass 'quantize{per_channel=false}'",
+    "onnxcompress optimize in.onnx --profile cortex-a53 --calibration feeds/ --target size",
 )
 @click.argument("model", type=_MODEL, metavar="IN")
 @click.option(
@@ -167,6 +168,13 @@ def cli(context: click.Context) -> None:
     "--metric", metavar="MODULE:FUNCTION", help="Scores a model file; higher is better. Needed by --max-drop."
 )
 @click.option("--min-sqnr", type=float, metavar="DB", help="Every output keeps this signal-to-noise ratio.")
+@click.option(
+    "--target",
+    default="latency",
+    show_default=True,
+    metavar="WHAT",
+    help="What is to become less: latency, size, download, memory, energy, or weights such as latency=1,size=1.",
+)
 @click.option("--pass", "specs", multiple=True, metavar="NAME{option=value}", help="Exactly these passes; repeatable.")
 @click.option("--report", "report_file", type=_MODEL, metavar="FILE", help="Also write the report as JSON.")
 @click.option("--samples", type=click.IntRange(min=1), metavar="N", help="Use at most N calibration samples.")
@@ -180,6 +188,7 @@ def optimize(
     max_drop: float | None,
     metric: str | None,
     min_sqnr: float | None,
+    target: str,
     specs: tuple[str, ...],
     report_file: Path | None,
     samples: int | None,
@@ -221,6 +230,7 @@ def optimize(
             seed=seed,
             samples=samples,
             progress=progress,
+            target=target,
         )
     for dropped in (p for p in result.report.passes if specs and p.outcome == "dropped"):
         wider = "--max-drop" if max_drop is not None else "--min-sqnr DB, or --metric and --max-drop"

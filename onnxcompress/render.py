@@ -48,6 +48,7 @@ def report(what: Report, *, output: Path | None = None, verbose: bool = False) -
     parts: list[RenderableType] = [
         head,
         Text(f"profile {what.profile}, calibration: {what.calibration}"),
+        *([Text(f"target: {_target(what.target)}")] if what.target else ()),
         Text(what.outcome, style="bold green" if _changed(what) else "bold yellow"),
         section("Totals", _totals(what)),
     ]
@@ -64,7 +65,7 @@ def report(what: Report, *, output: Path | None = None, verbose: bool = False) -
     if kept:
         parts.append(section(f"Left alone: {plural(len(kept), 'site')}", _sites(kept, order, verbose)))
     if what.attempts:
-        parts.append(section("Attempts", _attempts(what.attempts)))
+        parts.append(section("Attempts", _attempts(what.attempts, what.target)))
     if what.notes:
         parts.append(section("Notes", Group(*(Text(n) for n in what.notes))))
     if what.warnings:
@@ -91,6 +92,12 @@ def _totals(what: Report) -> Table:
         ("file, zstd -3", size(t.zstd_bytes[0]), size(t.zstd_bytes[1]), ratio(*t.zstd_bytes, "smaller", "larger")),
         _predicted_row(*t.predicted_ms, what.profile),
     ]
+    if t.memory_bytes is not None:
+        less = ratio(*t.memory_bytes, "smaller", "larger")
+        rows.append(("memory, predicted", size(t.memory_bytes[0]), size(t.memory_bytes[1]), less))
+    if t.energy_mj is not None:
+        before, after = t.energy_mj
+        rows.append(("energy, predicted", f"{before:.3g} mJ", f"{after:.3g} mJ", ratio(before, after, "less", "more")))
     if t.latency is not None:
         rows.append(_latency_row(t.latency))
     rows.append(("worst output", "", decibel(t.comparison.min_sqnr_db), _worst(t.comparison, what.budget.min_sqnr_db)))
@@ -99,6 +106,11 @@ def _totals(what: Report) -> Table:
         allowed = f" (-{what.budget.max_drop:.2%} allowed)" if what.budget.max_drop is not None else ""
         rows.append(("metric", f"{t.metric_before:.4g}", f"{t.metric_after:.4g}", f"{drop:+.2%}{allowed}"))
     return columns(rows, ("", "before", "after", ""), right=[1, 2])
+
+
+def _target(weights: Mapping[str, float]) -> str:
+    """As the command line takes it."""
+    return ",".join(f"{name}={weight:g}" for name, weight in weights.items() if weight)
 
 
 def _predicted_row(before: float | None, after: float | None, profile: str) -> tuple[str, str, str, str]:
@@ -239,13 +251,18 @@ def _span(values: Sequence[str]) -> str:
     return "..".join((min(values, key=float), max(values, key=float)))
 
 
-def _attempts(attempts: Sequence[Attempt]) -> Table:
+_BYTES = {"size": "weights", "download": "weights, packed", "memory": "weights in memory"}
+"""What bytes are called, by what is aimed at."""
+
+
+def _attempts(attempts: Sequence[Attempt], target: Mapping[str, float]) -> Table:
     rows = [
         (
             str(number),
             a.kind,
             str(a.sites),
             milliseconds(a.predicted_ms),
+            size(a.predicted_bytes) if a.predicted_bytes is not None else "",
             decibel(a.min_sqnr_db) if a.min_sqnr_db is not None else "",
             f"{a.metric:.4g}" if a.metric is not None else "",
             f"{a.speed_up:.2f}x" if a.speed_up is not None else "",
@@ -253,8 +270,9 @@ def _attempts(attempts: Sequence[Attempt]) -> Table:
         )
         for number, a in enumerate(attempts, 1)
     ]
-    heads = ("", "tried", "sites", "predicted", "worst output", "metric", "speed-up", "verdict")
-    return used_columns(rows, heads, right=(0, 2, 3, 4, 5, 6))
+    aimed_at = max(_BYTES, key=lambda name: target.get(name, 0.0))
+    heads = ("", "tried", "sites", "predicted", _BYTES[aimed_at], "worst output", "metric", "speed-up", "verdict")
+    return used_columns(rows, heads, right=(0, 2, 3, 4, 5, 6, 7))
 
 
 # --- a comparison ------------------------------------------------------------------------------
