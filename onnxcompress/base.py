@@ -53,6 +53,8 @@ class Precision:
     FLOAT: ClassVar[str] = "f32"
     STATIC: ClassVar[str] = "u8s8"
     DYNAMIC: ClassVar[str] = "dynamic"
+    BLOCKED8: ClassVar[str] = "w8"
+    BLOCKED4: ClassVar[str] = "w4"
 
 
 class Stage(IntEnum):

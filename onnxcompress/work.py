@@ -349,9 +349,11 @@ def _blocks(node: ir.Node, look: _Look, common: _Common) -> NodeWork:
     if out is None or not columns:
         return common.work("matmul", known=False)
     rows = math.prod(out) // columns
-    return replace(common, params=inner * columns).work(
+    bias = look.shape(node.inputs[5]) if len(node.inputs) > 5 else None
+    params = inner * columns + (0 if bias is None else math.prod(bias))
+    return replace(common, params=params).work(
         "matmul_rows1" if rows <= 4 else "matmul", macs=rows * inner * columns, in_channels=inner,
-        out_channels=columns, weights=inner * columns, patches=rows * inner,
+        out_channels=columns, weights=params, patches=rows * inner,
     )  # fmt: skip
 
 

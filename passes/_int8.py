@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ __all__ = [
     "keep_calibrated_name",
     "quantize_tensor",
     "quantize_weight",
+    "remembered",
     "weight_indices",
 ]
 
@@ -49,6 +50,8 @@ _CALIBRATED = "onnxcompress.int8.calibrated_name"
 _GATED = "onnxcompress.gated"
 _FUSED = ("Relu", "Clip")
 _BEFORE_FUSED = ("Conv", "Gemm", "Add")
+
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
@@ -130,14 +133,20 @@ def quantize_tensor(
     tensor: ir.TensorProtocol, axes: tuple[int, ...], options: WeightOptions
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
     """:func:`quantize_weight` of a tensor, remembered with it: clones share tensors, and trials repeat."""
-    key = f"onnxcompress.int8.{axes}.{options}"
+    return remembered(
+        tensor, f"onnxcompress.int8.{axes}.{options}", lambda array: quantize_weight(array, axes, options)
+    )
+
+
+def remembered(tensor: ir.TensorProtocol, key: str, make: Callable[[npt.NDArray[Any]], _Made]) -> _Made:
+    """What is made of a tensor, once: clones share tensors, and trials repeat."""
     if key not in tensor.meta:
-        tensor.meta[key] = quantize_weight(tensor.numpy(), axes, options)
+        tensor.meta[key] = make(tensor.numpy())
         if isinstance(tensor, ir.ExternalTensor):  # or every page of the file stays in memory
             with contextlib.suppress(BufferError):  # somebody else is reading it: it stays mapped
                 tensor.release()
-    quantized, scales = tensor.meta[key]
-    return quantized, scales
+    made: _Made = tensor.meta[key]
+    return made
 
 
 def quantize_weight(

@@ -1,10 +1,12 @@
-"""Int8 by QuantizeLinear/DequantizeLinear, by dynamic quantization, or of the stored weights only.
+"""Fewer bits: int8 by QuantizeLinear/DequantizeLinear, by dynamic quantization, or of weights only.
 
-An 8-bit value stands for a real one through r = s (q - z). Three ways to use it at a node:
+An integer stands for a real value through r = s (q - z). Four ways to use it at a node:
 
 - **static**: input, weight and output are integers with scales known beforehand:
   y = s_x s_w sum (q_x - z_x) q_w + b, and the bias is stored as int32 in units of s_x s_w;
 - **dynamic**: the input's scale is computed at run time; only nodes whose work is a matrix product;
+- **blocked**: weights of 8 or 4 bits, a scale for each block of a column, multiplied as they are stored by a
+  kernel for matrix products of few rows; see :mod:`onnxcompress.passes._blocked`;
 - **weights**: w = s q is multiplied out once when the model is loaded; the node runs as before,
   the file is four times smaller.
 
@@ -25,7 +27,7 @@ import onnx_ir as ir
 
 from onnxcompress.base import Choice, Pass, Precision, Site, Skip, Skipped, Stage, Term
 from onnxcompress.errors import PassError
-from onnxcompress.passes import _dynamic, _qdq, _weight_storage
+from onnxcompress.passes import _blocked, _dynamic, _qdq, _weight_storage
 from onnxcompress.passes._int8 import (
     ActivationOptions,
     Int8Options,
@@ -42,24 +44,26 @@ from onnxcompress.view import GraphView
 
 __all__ = ["Quantize"]
 
-STATIC, DYNAMIC, WEIGHTS, SMOOTH = "static", "dynamic", "weights", "smooth"
-_MODES = (WEIGHTS, DYNAMIC, SMOOTH, STATIC)
+STATIC, DYNAMIC, WEIGHTS, SMOOTH, BLOCKED = "static", "dynamic", "weights", "smooth", "blocked"
+_MODES = (WEIGHTS, BLOCKED, DYNAMIC, SMOOTH, STATIC)
 
 
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """Int8: static QDQ, dynamic, or stored weights only, each where it pays.
+    """Int8 or less: static QDQ, dynamic, weights in blocks, or stored weights only, each where it pays.
 
     Attributes:
-        modes: which forms may be used: weights (stored as int8 only), dynamic, smooth (dynamic with
-            the input's outlier channels scaled into the weights), static.
+        modes: which forms may be used: weights (stored as int8 only), blocked (weights of few bits in blocks, read by
+            MatMulNBits), dynamic, smooth (dynamic with the input's outlier channels scaled into the weights), static.
         ranges: how activation ranges are read off the histograms.
         percentile: for ``ranges=percentile``: share of values inside the range, in per cent.
         weight_ranges: ``minmax``, or ``mse`` for a search per channel.
         per_channel: a scale per output channel, where the target can.
         bias_correction: add E[(W - Q(W)) x] to the bias of static nodes (Nagel et al. 2019,
             arXiv 1906.04721).
-        min_weights: tensors with fewer elements are not worth storing as int8.
+        min_weights: tensors with fewer elements are not worth storing as int8, or in blocks.
+        bits: of weights in blocks: 8, 4 or both.
+        block: how many weights may share a scale: powers of two from 16 to 256. Weights of 8 bits take the largest.
         only: just these operator types; all by default.
     """
 
@@ -74,6 +78,8 @@ class Quantize(Pass):
     per_channel: bool = True
     bias_correction: bool = False
     min_weights: int = 256
+    bits: tuple[int, ...] = (8, 4)
+    block: tuple[int, ...] = (32, 128)
     only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -84,6 +90,10 @@ class Quantize(Pass):
             raise ValueError("percentile must be above 50 and at most 100")
         if self.weight_ranges not in (RangeMethod.MINMAX, RangeMethod.MSE):
             raise ValueError("weight_ranges must be minmax or mse")
+        if not self.bits or not set(self.bits) <= set(_blocked.BITS):
+            raise ValueError(f"bits must be some of {_words(_blocked.BITS)}, not {_words(self.bits)}")
+        if not self.block or not set(self.block) <= set(_blocked.BLOCKS):
+            raise ValueError(f"block must be some of {_words(_blocked.BLOCKS)}, not {_words(self.block)}")
 
     def gentler(self) -> Iterator[Quantize]:
         if not self.bias_correction:
@@ -149,9 +159,23 @@ class Quantize(Pass):
         size = sum(t.size for t in map(view.weight, weights) if t is not None)
         noise = tuple(Term("weight", str(w.name)) for w in weights if w is not None)
         saved = 3 * size if size >= self.min_weights else 0
-        stored = bool(saved) and WEIGHTS in self.modes and target.folds_constants
-        if stored:
-            yield Choice(site, WEIGHTS, bytes_saved=saved, terms=noise, detail=options, effects=False)
+        offered = bool(saved) and WEIGHTS in self.modes and target.folds_constants
+        if offered:
+            # multiplied out at load, except a table, of which only the rows that are looked up ever are
+            resident = None if node.op_type == "Gather" else 0
+            yield Choice(
+                site,
+                WEIGHTS,
+                bytes_saved=saved,
+                resident_saved=resident,
+                stored=True,
+                terms=noise,
+                detail=options,
+                effects=False,
+            )
+        for choice in self._in_blocks(site, view, target, enough=bool(saved)):
+            offered = True
+            yield choice
         inputs = tuple(str(v.name) for v in activation_inputs(node, view))
         dynamic = bool(noise) and DYNAMIC in self.modes and _dynamic.obstacle(node, view, target) is None
         if dynamic:
@@ -172,7 +196,7 @@ class Quantize(Pass):
                     effects=False,
                 )
         if STATIC in self.modes and (problem := self._no_static(node, view, target)):
-            if not dynamic and not stored:
+            if not dynamic and not offered:
                 raise Skip(problem)
         elif STATIC in self.modes:
             owners = _qdq.range_owners(node, last, view)
@@ -190,6 +214,25 @@ class Quantize(Pass):
                 effects=False,
             )
 
+    def _in_blocks(self, site: Site, view: GraphView, target: Target, *, enough: bool) -> Iterator[Choice]:
+        if BLOCKED not in self.modes:
+            return
+        node, problems = view.node(site.key), []
+        for form in self._forms():
+            problem = _blocked.obstacle(node, view, target, form)
+            if problem is None and enough:
+                yield _blocked.choice(site, node, view, form)
+            else:
+                problems.append(problem or f"it has fewer than {self.min_weights} weights")
+        if self.modes == (BLOCKED,) and len(problems) == len(self._forms()):
+            raise Skip("; ".join(dict.fromkeys(problems)))
+
+    def _forms(self) -> tuple[_blocked.Form, ...]:
+        """From weak to strong."""
+        blocks = sorted(set(self.block))
+        of = {8: blocks[-1:], 4: blocks}  # 8 bits are fine enough for any block
+        return tuple(_blocked.Form(bits, block) for bits in sorted(set(self.bits), reverse=True) for block in of[bits])
+
     def _no_static(self, node: ir.Node, view: GraphView, target: Target) -> str | None:
         if view.in_subgraph(node):
             return "it is inside a subgraph, where activations cannot be observed"
@@ -203,6 +246,10 @@ class Quantize(Pass):
     def apply(self, choice: Choice, rewriter: Rewriter, evidence: Evidence) -> None:
         node = rewriter.node(choice.site.key)
         options = choice.detail
+        if isinstance(options, _blocked.Form):
+            add = rewriter.node(choice.removes[0]) if choice.removes else None
+            _blocked.apply(node, add, rewriter, options)
+            return
         if not isinstance(options, Int8Options):
             raise PassError(f"this choice at {choice.site.key!r} was not made by quantize")
         weights = options.weights
@@ -223,7 +270,10 @@ class Quantize(Pass):
             _dynamic.simulate_smooth(node, rewriter, options.weights, _absmax(node, evidence), switch)
             return True
         value = rewriter.value(term.subject)
-        if term.kind == "weight":
+        blocked = next((form for form in self._forms() if form.name == term.kind), None)
+        if blocked is not None:
+            _blocked.simulate(value, rewriter, target, blocked, switch)
+        elif term.kind == "weight":
             _weight_storage.simulate(value, rewriter, options.weights, switch)
         elif term.kind == "dynamic":
             _dynamic.simulate(value, rewriter, switch)
@@ -251,6 +301,10 @@ def _absmax(node: ir.Node, evidence: Evidence) -> npt.NDArray[np.float64]:
     if not evidence.has(need):
         raise Skip(f"{need.value!r} was not observed in calibration")
     return evidence.channels(need.value, -1).absmax
+
+
+def _words(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers)) or "none"
 
 
 def _why_float(node: ir.Node) -> str:
