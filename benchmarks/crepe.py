@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnxruntime as ort
 
 from benchmarks.measure import session
 
@@ -81,9 +82,9 @@ def load_calibration(count: int, model: str) -> Iterator[dict[str, Array]]:
         yield {"frames": tones(BATCH, _CALIBRATION, i * BATCH)[0]}
 
 
-def evaluate(path: str, limit: int | None = None) -> dict[str, float]:
+def evaluate(path: str | ort.InferenceSession, limit: int | None = None) -> dict[str, float]:
     """Raw pitch accuracy over all frames and by their noise."""
-    runner = session(Path(path), threads=2)
+    runner = path if isinstance(path, ort.InferenceSession) else session(Path(path), threads=2)
     frames, pitches, ratios = tones(limit or EVALUATED, _EVALUATION)
     found = np.concatenate([heard_cents(runner.run(None, {"frames": part})[0]) for part in _batches(frames)])
     right = np.abs(found - pitches) <= RIGHT_CENTS

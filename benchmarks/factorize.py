@@ -276,7 +276,7 @@ def _scale_verdicts(name: str, facts: Mapping[str, Any]) -> list[Verdict]:
     seconds = sum(facts["seconds"].values())
     peak = max(facts["megabytes"].values())
     working = max(v for step, v in facts["megabytes"].items() if step != "write")
-    largest = facts["largest_factored_megabytes"]
+    largest = facts["largest_touched_megabytes"]
     layers = f"{facts['made']} layers of {facts['model_megabytes']:.0f} MB"
     return [
         Verdict(

@@ -16,10 +16,11 @@ from typing import Any
 import onnx_ir as ir
 
 from benchmarks.factorize_layers import found_forms, latencies, losses, normalised
-from benchmarks.factorize_scale import factored
 from benchmarks.prune_worker import rewritten, summary
+from benchmarks.scale import applied
 from benchmarks.worker import run_step
 from onnxcompress import model as models
+from onnxcompress.base import Choice
 from onnxcompress.passes.factorize import Factorize
 from onnxcompress.view import GraphView
 
@@ -63,7 +64,11 @@ def latency(task: str, profile: str, share: str, seconds: str, forms: str) -> di
 
 def scale(task: str, samples: str, options: str) -> dict[str, Any]:
     """All layers of a model factored and written, to the current folder."""
-    return factored(task, Path("factored.onnx"), int(samples), options)
+
+    def touched(choice: Choice) -> int:
+        return 4 * int(choice.detail.form.old_weights)
+
+    return applied(task, Path("factored.onnx"), int(samples), f"{Factorize.name}{{{options}}}", touched)
 
 
 def _names(forms: str) -> tuple[str, ...]:

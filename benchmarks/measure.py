@@ -26,6 +26,7 @@ import onnxruntime as ort
 from benchmarks.tasks import Feed
 
 ROOT = Path(__file__).resolve().parents[1]
+_STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,14 @@ def peak_mb() -> float:
     would be charged for its parent; ``VmHWM`` starts anew.
     """
     unit = 1 if sys.platform == "darwin" else 1024
-    status = Path("/proc/self/status")
-    if status.is_file():
-        own = 1024 * int(status.read_text().split("VmHWM:", 1)[1].split()[0])
-    else:
-        own = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    own = status_bytes("VmHWM") if _STATUS.is_file() else unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     children = unit * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return round(max(own, children) / 1e6, 1)
+
+
+def status_bytes(field: str) -> int:
+    """``VmRSS``, ``VmHWM`` or the like of this process, in bytes (Linux)."""
+    return 1024 * int(_STATUS.read_text().split(f"{field}:", 1)[1].split()[0])
 
 
 def write_result(result: dict[str, Any]) -> None:

@@ -50,7 +50,8 @@ class Task:
     headline: bool = False
 
     @property
-    def _eval(self) -> ModuleType:
+    def script_module(self) -> ModuleType:
+        """What computes feeds and scores."""
         folder = str(zoo_folder() / "eval")
         if folder not in sys.path:
             sys.path.insert(0, folder)
@@ -60,7 +61,7 @@ class Task:
     def path(self) -> Path:
         """The fp32 model."""
         if not self.model:
-            return Path(self._eval.MODEL)
+            return Path(self.script_module.MODEL)
         found = sorted(zoo_folder().glob(self.model))
         if not found:
             raise BenchmarkError(f"no {self.model} in the zoo folder: run its fetch.sh")
@@ -70,14 +71,14 @@ class Task:
         """``samples`` calibration samples, disjoint from what :meth:`score` uses."""
         count = samples * self.feeds_per_sample
         if self.name == "cls":
-            return Feeds(lambda: (_cls_feed(self._eval, i, True)[0] for i in range(count)))
-        return Feeds(lambda: self._eval.load_calibration(count, str(self.path)))
+            return Feeds(lambda: (_cls_feed(self.script_module, i, True)[0] for i in range(count)))
+        return Feeds(lambda: self.script_module.load_calibration(count, str(self.path)))
 
     def score(self, path: Path, limit: int | None) -> dict[str, float]:
         """Every number the task's evaluation gives for the model at ``path``."""
         if self.name == "cls":
-            return _cls_score(self._eval, path, limit)
-        result: dict[str, float] = self._eval.evaluate(str(path), limit)
+            return _cls_score(self.script_module, path, limit)
+        result: dict[str, float] = self.script_module.evaluate(str(path), limit)
         return result
 
     def ratio(self, score: float, reference: float) -> float:

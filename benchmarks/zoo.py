@@ -83,11 +83,11 @@ class Verdict:
         return f"{word}  {self.target}: {self.figure}"
 
 
-def size_of(folder: Path) -> tuple[int, int]:
-    """Bytes of all files in ``folder``, and of the same compressed by zstd level 9."""
+def size_of(folder: Path, level: int = 9) -> tuple[int, int]:
+    """Bytes of all files in ``folder``, and of the same compressed by zstd."""
     plain = packed = 0
     for file in folder.iterdir():
-        compressor = zstandard.ZstdCompressor(level=9).compressobj(size=file.stat().st_size)
+        compressor = zstandard.ZstdCompressor(level=level).compressobj(size=file.stat().st_size)
         with file.open("rb") as source:
             while chunk := source.read(1 << 22):
                 plain += len(chunk)

@@ -1,9 +1,9 @@
-"""Seconds and memory of factoring all layers of a model, beyond the model itself."""
+"""Seconds and memory of one pass rewriting all it can of a model, beyond the model itself."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
@@ -12,12 +12,13 @@ from typing import Any
 import onnx_ir as ir
 
 from benchmarks.factorize_layers import normalised
+from benchmarks.measure import status_bytes
 from benchmarks.tasks import TASKS, BenchmarkError
 from onnxcompress import model as models
 from onnxcompress import registry
+from onnxcompress.base import Choice
 from onnxcompress.calibrate import calibrate
 from onnxcompress.data import open_data
-from onnxcompress.passes.factorize import Factorize
 from onnxcompress.profile import load_profile
 from onnxcompress.questions import offers
 from onnxcompress.statistics import Evidence
@@ -27,14 +28,17 @@ from onnxcompress.view import GraphView
 _PROFILE = "host-x86-vnni"
 
 
-def factored(task: str, output: Path, samples: int, options: str) -> dict[str, Any]:
-    """All layers of a model factored and written; nothing is compared or priced.
+def applied(
+    task: str, output: Path, samples: int, text: str, touched: Callable[[Choice], int] | None = None
+) -> dict[str, Any]:
+    """A pass made at every site it finds, and the model written; nothing is compared or priced.
 
     Args:
         task: its name.
         output: the file to write.
         samples: of calibration; 0 for none, where the pass needs none.
-        options: of the pass, as on the command line; they have to name ranks or shares.
+        text: the pass with its options, as on the command line; its options have to say how far to go.
+        touched: bytes of weights that a choice rewrites, for the largest of them.
 
     Returns:
         Seconds and megabytes of each step. Memory is the largest resident set in the step less what the process
@@ -48,10 +52,10 @@ def factored(task: str, output: Path, samples: int, options: str) -> dict[str, A
         raise BenchmarkError(f"normalising {task} failed")
     model = models.load(written)
     layers = {str(v.name): v.const_value.nbytes for v in GraphView(model).weights() if v.const_value is not None}
-    pass_ = registry.parse(f"{Factorize.name}{{{options}}}")
+    pass_ = registry.parse(text)
     target = load_profile(_PROFILE).target()
     _read_all(model)
-    base = _status("VmRSS")
+    base = status_bytes("VmRSS")
     result: dict[str, Any] = {
         "model_megabytes": models.weight_bytes(model) / 1e6,
         "largest_megabytes": max(layers.values()) / 1e6,
@@ -64,12 +68,13 @@ def factored(task: str, output: Path, samples: int, options: str) -> dict[str, A
         offer = offers(pass_, view, target, synthetic=False)
     choices = [found[-1] for found in offer.choices.values()]
     result["sites"], result["skipped"] = len(choices), len(offer.skipped)
-    result["largest_factored_megabytes"] = max((_largest(c.detail) for c in choices), default=0) / 1e6
+    if touched:
+        result["largest_touched_megabytes"] = max(map(touched, choices), default=0) / 1e6
     if samples:
         needs = sorted({need for choice in choices for need in pass_.needs(choice, view)})
         with _step("calibrate", result, base):
             evidence = calibrate(model, needs, open_data(TASKS[task].feeds(samples), model), shapes=False)
-    with _step("factor", result, base):
+    with _step("rewrite", result, base):
         built = build(model, pass_, choices, evidence)
     result["made"] = len(built.made)
     result["refused"] = [f"{s.key}: {s.reason}" for s in built.refused]
@@ -81,10 +86,6 @@ def factored(task: str, output: Path, samples: int, options: str) -> dict[str, A
 
 def _normalise(task: str, path: Path) -> None:
     models.save(normalised(task), path)
-
-
-def _largest(cut: Any) -> int:
-    return 4 * int(cut.form.old_weights)
 
 
 def _read_all(model: ir.Model) -> None:
@@ -108,12 +109,7 @@ def _step(name: str, result: dict[str, Any], base: int) -> Iterator[None]:
     yield
     result["seconds"][name] = round(time.perf_counter() - start, 2)
     result["cpu_seconds"][name] = round(time.process_time() - used, 2)
-    result["megabytes"][name] = round((_status("VmHWM") - base) / 1e6, 1)
-
-
-def _status(field: str) -> int:
-    """Bytes, of Linux's /proc."""
-    return 1024 * int(Path("/proc/self/status").read_text().split(f"{field}:", 1)[1].split()[0])
+    result["megabytes"][name] = round((status_bytes("VmHWM") - base) / 1e6, 1)
 
 
 def _forget_peak() -> None:
