@@ -140,27 +140,31 @@ class Objective:
         )
         return sum(weight * (after or 0.0) / (first or 1.0) for weight, after, first in terms if weight)
 
-    def rates(self, spent: Spent, seconds: float) -> Rates:
+    def rates(self, spent: Spent, seconds: float, *, for_files: bool = False) -> Rates:
         """Prices of choices on a model.
 
         Args:
             spent: what the model takes; of its files, its weights.
             seconds: what the sites of a pass take, at most the whole. Where bytes only break ties, all of them together
                 are worth their share of that.
+            for_files: the pass is there for nothing else, so plans are compared by bytes of the file in any case.
         """
-        unit = (spent.seconds or 1.0) if self.by_bytes else seconds
+        for_files = for_files or self.for_files
+        by_bytes = for_files or self.memory > 0
+        unit = (spent.seconds or 1.0) if by_bytes else seconds
         joules = spent.joules or 0.0
-        counted = (self.size if self.for_files else 0.0) + self.download + self.memory
+        size = self.size or (_TIE if for_files and not self.download else 0.0)
+        counted = (size if for_files else 0.0) + self.download + self.memory
         rates = Rates(
             second=self.latency,
             joule=self.energy * spent.seconds / joules if joules else 0.0,
             watts=joules / spent.seconds if spent.seconds else 0.0,
-            file_byte=self.size * unit / max(1, spent.file_bytes),
+            file_byte=size * unit / max(1, spent.file_bytes),
             download_byte=self.download * unit / max(1, spent.download_bytes or 0),
             memory_byte=self.memory * unit / max(1, spent.memory_bytes or 0),
             packed=(spent.download_bytes or 0) / max(1, spent.file_bytes),
-            by_bytes=self.by_bytes,
-            for_files=self.for_files,
+            by_bytes=by_bytes,
+            for_files=for_files,
             bytes_total=counted * unit,
         )
         return replace(rates, total=rates.running(spent.seconds, joules) + rates.bytes_total)

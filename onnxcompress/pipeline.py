@@ -81,7 +81,7 @@ def optimize(
     """
     budget = budget or Budget()
     _check_call(model, budget, metric, passes)
-    objective = target if isinstance(target, Objective) else Objective.parse(target)
+    objective = _objective(target)
     loaded = profile if isinstance(profile, Profile) else load_profile(os.fspath(profile))
     if objective.energy and loaded.energy is None:
         message = f"the target counts energy, and profile {loaded.name!r} has no prices for it"
@@ -130,6 +130,12 @@ def _check_call(model: object, budget: Budget, metric: Metric | None, passes: Se
         if not isinstance(pass_, Pass):
             hint = "onnxcompress.registry.parse('quantize{ranges=minmax}') makes one"
             raise UsageError(f"passes holds {pass_!r}, which is no pass", hint=hint)
+
+
+def _objective(target: object) -> Objective:
+    if isinstance(target, (str, Objective)):
+        return target if isinstance(target, Objective) else Objective.parse(target)
+    raise UsageError(f"target is {target!r}", hint="give a name, weights such as 'latency=1,size=1', or an Objective")
 
 
 def _canonical_copy(model: ir.Model) -> ir.Model:

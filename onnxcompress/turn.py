@@ -276,7 +276,7 @@ class _Turn:
 
     def _rates(self, seconds: float) -> Rates:
         """Prices of choices whose sites take so many seconds."""
-        return self._conditions.objective.rates(self._spent, seconds)
+        return self._conditions.objective.rates(self._spent, seconds, for_files=self._pass.for_size)
 
     @cached_property
     def _spent(self) -> Spent:
@@ -290,6 +290,7 @@ class _Turn:
     def _weighed(self, choices: Iterable[Choice], rates: Rates) -> int | None:
         """Bytes of weights after choices, of the kind that is aimed at."""
         kind, spent = self._conditions.objective.bytes_aimed_at, self._spent
+        kind = kind or ("size" if self._pass.for_size else "")
         if kind == "size":
             return spent.file_bytes - sum(c.bytes_saved for c in choices)
         if kind == "download":
