@@ -34,7 +34,7 @@ from benchmarks.share_data import SOURCES
 from benchmarks.share_makers import BY_HAND, MAKERS, NBITS, ONNXSIM, OURS
 from benchmarks.steps import Steps
 from benchmarks.tasks import TASKS, BenchmarkError, zoo_folder
-from benchmarks.zoo import Verdict, note
+from benchmarks.zoo import FP32, Verdict, note
 
 Saving = Callable[[], None]
 Tables = tuple[str, list[Verdict]]
@@ -64,7 +64,7 @@ def _table(rows: Sequence[zoo.Row]) -> str:
         "Ratios to fp32, above 1 is better: file, compressed by zstd, latency (speed). Score: share of fp32's and its",
         "standard error. Load, memory: of making a session, over fp32's, below 1 is better. s: of the whole process.",
         aligned(zoo.HEADER, [zoo.line(r) for r in rows], left=2),
-        *(f"* {r.model}: score of {r.samples} samples" for r in rows if r.candidate == zoo.FP32 and r.samples),
+        *(f"* {r.model}: score of {r.samples} samples" for r in rows if r.candidate == FP32 and r.samples),
         *(f"* {r.model} {r.candidate}: {r.remark}" for r in rows if r.remark),
         *(f"* {r.model} {r.candidate} FAILED: {r.error}" for r in rows if r.error),
     ]
