@@ -36,12 +36,14 @@ __all__ = [
     "Blocks",
     "Form",
     "Rounded",
+    "Weight",
     "apply",
     "choice",
     "obstacle",
     "pack",
     "rounded",
     "simulate",
+    "weight_of",
 ]
 
 BITS = (4, 8)
@@ -81,6 +83,30 @@ class Form:
 
 
 @dataclass(frozen=True)
+class Weight:
+    """The matrix of a product.
+
+    Attributes:
+        value: the initializer.
+        tensor: what it holds.
+        outputs_first: its axes are (outputs, inputs).
+        turned: the Transpose between it and the product, if there is one.
+    """
+
+    value: ir.Value
+    tensor: ir.TensorProtocol
+    outputs_first: bool
+    turned: ir.Node | None
+
+    def stored_bytes(self, form: Form) -> int:
+        """Bytes it takes in blocks, scales included."""
+        inputs, outputs = self.tensor.shape.numpy()
+        if self.outputs_first:
+            inputs, outputs = outputs, inputs
+        return int(outputs * -(-inputs // form.block) * (form.block * form.bits // 8 + 4))
+
+
+@dataclass(frozen=True)
 class Rounded:
     """A matrix in blocks.
 
@@ -115,7 +141,7 @@ Rounding = Callable[[Floats, Form], Rounded]
 # --- finding -----------------------------------------------------------------------------------
 
 
-def obstacle(node: ir.Node, view: GraphView, target: Target, form: Form) -> str | None:
+def obstacle(node: ir.Node, target: Target, form: Form) -> str | None:
     """Why the weight of a node cannot be in such blocks; None if it can."""
     if node.op_type not in OPS:
         return f"only matrix products read weights in blocks, and this is a {node.op_type}"
@@ -125,19 +151,17 @@ def obstacle(node: ir.Node, view: GraphView, target: Target, form: Form) -> str 
         there = " and ".join(map(str, target.weight_only_bits))
         have = f"it has one for {there} bits" if there else "nor for any other number of bits"
         return f"the target has no kernel for weights of {form.bits} bits in blocks, {have}"
-    problem = _dynamic.obstacle(node, view, target)
-    weight = view.weight(node.inputs[1])
-    if problem is None and weight is not None and _stored_bytes(node, weight, form) >= weight.nbytes:
+    weight = weight_of(node)
+    if weight is None:
+        return "its weight is not a float32 constant of two axes"
+    if weight.stored_bytes(form) >= weight.tensor.nbytes:
         return f"in blocks of {form.block} its weight would not be smaller"
-    return problem
+    return _dynamic.product_obstacle(node)
 
 
 def choice(site: Site, node: ir.Node, view: GraphView, form: Form) -> Choice:
     """The choice of a form at a node that nothing is in the way of."""
-    weight, add = node.inputs[1], _bias_add(node, view)
-    tensor = view.weight(weight)
-    if weight is None or tensor is None:
-        raise Skip("its weight is not a constant")
+    weight, add = _weight(node), _bias_add(node, view)
     follower = _only_reader(node, view) if node.op_type == "Gemm" else None
     alone = follower is not None and follower.op_type in _IN_THE_FLOAT_KERNEL
     return Choice(
@@ -146,29 +170,47 @@ def choice(site: Site, node: ir.Node, view: GraphView, form: Form) -> Choice:
         form.precision,
         adds=((follower.op_type, str(node.outputs[0].name)),) if follower is not None and alone else (),
         removes=() if add is None else (str(add.name),),
-        bytes_saved=tensor.nbytes - _stored_bytes(node, tensor, form),
-        terms=(Term(form.name, str(weight.name)),),
+        # a table that is turned here is looked up elsewhere, so it stays
+        bytes_saved=(0 if weight.turned else weight.tensor.nbytes) - weight.stored_bytes(form),
+        terms=(Term(form.name, str(weight.value.name)),),
         detail=form,
         effects=False,
     )
 
 
-def _stored_bytes(node: ir.Node, weight: ir.TensorProtocol, form: Form) -> int:
-    """Bytes of the weight of a product in blocks, scales included."""
-    inputs, outputs = weight.shape.numpy()
-    if _transposed(node):
-        inputs, outputs = outputs, inputs
-    return outputs * -(-inputs // form.block) * (form.block * form.bits // 8 + 4)
+def weight_of(node: ir.Node) -> Weight | None:
+    """The float32 matrix a product reads, also through a Transpose, as from the table of an embedding; or None."""
+    value = node.inputs[1] if node.op_type in OPS else None
+    producer = None if value is None else value.producer()
+    turned = producer is not None and producer.op_type == "Transpose"
+    if turned and producer is not None:
+        value = producer.inputs[0]
+    tensor = None if value is None or not value.is_initializer() else value.const_value
+    if value is None or tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) != 2:
+        return None
+    if turned and producer is not None and tuple(producer.attributes.get_ints("perm", (1, 0))) != (1, 0):
+        return None
+    outputs_first = node.op_type == "Gemm" and bool(node.attributes.get_int("transB", 0))
+    return Weight(value, tensor, outputs_first != turned, producer if turned else None)
+
+
+def _weight(node: ir.Node) -> Weight:
+    weight = weight_of(node)
+    if weight is None:
+        raise Skip("its weight is not a float32 constant of two axes")
+    return weight
 
 
 def _bias_add(node: ir.Node, view: GraphView) -> ir.Node | None:
     """The Add of a constant behind a MatMul that can be the bias of the kernel."""
-    weight, reader = view.weight(node.inputs[1]), _only_reader(node, view)
-    if node.op_type != "MatMul" or weight is None or reader is None or reader.op_type != "Add":
+    reader = _only_reader(node, view)
+    if node.op_type != "MatMul" or reader is None or reader.op_type != "Add":
         return None
     operand = reader.inputs[0 if reader.inputs[1] is node.outputs[0] else 1]
     tensor = view.weight(operand)
-    if tensor is None or tensor.dtype != ir.DataType.FLOAT or tuple(tensor.shape) != (weight.shape[-1],):
+    weight = _weight(node)
+    outputs = weight.tensor.shape[0 if weight.outputs_first else 1]
+    if tensor is None or tensor.dtype != ir.DataType.FLOAT or tuple(tensor.shape) != (outputs,):
         return None
     return reader
 
@@ -237,21 +279,13 @@ def pack(matrix: Rounded, form: Form) -> Blocks:
     return Blocks(np.ascontiguousarray(codes), matrix.scales.reshape(-1), inputs)
 
 
-def _stored(node: ir.Node, form: Form, rounding: Rounding) -> Blocks:
-    weight = node.inputs[1]
-    if weight is None or weight.const_value is None:
-        raise Skip("its weight is not a constant")
-    transposed = _transposed(node)
-    key = f"onnxcompress.blocked.{form}.{transposed}.{rounding.__module__}.{rounding.__qualname__}"
-    return remembered(weight.const_value, key, partial(_blocks, form=form, transposed=transposed, rounding=rounding))
+def _stored(weight: Weight, form: Form, rounding: Rounding) -> Blocks:
+    key = f"onnxcompress.blocked.{form}.{weight.outputs_first}.{rounding.__module__}.{rounding.__qualname__}"
+    return remembered(weight.tensor, key, partial(_blocks, form=form, turn=not weight.outputs_first, rounding=rounding))
 
 
-def _blocks(array: Floats, *, form: Form, transposed: bool, rounding: Rounding) -> Blocks:
-    return pack(rounding(array if transposed else array.T, form), form)
-
-
-def _transposed(node: ir.Node) -> bool:
-    return node.op_type == "Gemm" and bool(node.attributes.get_int("transB", 0))
+def _blocks(array: Floats, *, form: Form, turn: bool, rounding: Rounding) -> Blocks:
+    return pack(rounding(array.T if turn else array, form), form)
 
 
 # --- making ------------------------------------------------------------------------------------
@@ -259,23 +293,31 @@ def _transposed(node: ir.Node) -> bool:
 
 def apply(node: ir.Node, add: ir.Node | None, rewriter: Rewriter, form: Form, rounding: Rounding = rounded) -> None:
     """Puts MatMulNBits in the place of a product, and of the Add behind it that is its bias."""
-    stored = _stored(node, form, rounding)
+    weight = _weight(node)
+    stored = _stored(weight, form, rounding)
     anchor = add or node
     biases = [v for v in add.inputs if v is not node.outputs[0]] if add is not None else _gemm_bias(node)
     result = _product(node, rewriter, form, stored, biases, before=anchor)
     rewriter.replace_node(anchor, result)
     if add is not None:
         rewriter.remove(node)
+    if weight.turned is not None:
+        rewriter.remove_unused(weight.turned)
 
 
 def simulate(value: ir.Value, rewriter: Rewriter, target: Target, form: Form, switch: ir.Value) -> None:
     """Gates the rounding of a weight, and that of what is multiplied with it: the node itself behind a switch."""
-    view = rewriter.view()
-    nodes = [use.node for use in value.uses() if use.idx == 1 and obstacle(use.node, view, target, form) is None]
+    readers = [use.node for use in value.uses()]
+    readers += [use.node for n in readers if n.op_type == "Transpose" for use in n.outputs[0].uses()]
+    nodes = [
+        n
+        for n in dict.fromkeys(readers)
+        if obstacle(n, target, form) is None and _weight(n).value is value and n.inputs[0] is not value
+    ]
     if not nodes:
         raise Skip(f"no matrix product reads {value.name!r}")
     for node in nodes:
-        stored = _stored(node, form, rounded)
+        stored = _stored(_weight(node), form, rounded)
         edits = len(rewriter.log)
         result = _product(node, rewriter, form, stored, _gemm_bias(node), after=node)
         gate(rewriter, node.outputs[0], result, switch, edits)
@@ -295,8 +337,7 @@ def _product(
     before: ir.Node | None = None,
     after: ir.Node | None = None,
 ) -> ir.Value:
-    weight = node.inputs[1]
-    name = "" if weight is None else weight.name
+    name = _weight(node).value.name
     packed = rewriter.constant(stored.packed, f"{name}_{form.bits}bit", like=node)
     scales = rewriter.constant(stored.scales, f"{name}_scale", like=node)
     outputs = len(stored.packed)

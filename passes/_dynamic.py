@@ -20,7 +20,7 @@ from onnxcompress.rewrite import Rewriter
 from onnxcompress.target import Target
 from onnxcompress.view import GraphView
 
-__all__ = ["apply", "obstacle", "simulate", "simulate_smooth", "smooth"]
+__all__ = ["apply", "obstacle", "product_obstacle", "simulate", "simulate_smooth", "smooth"]
 
 _PRODUCTS = frozenset({"MatMul", "Gemm"})
 _KERNELS = _PRODUCTS | {"LSTM"}
@@ -33,11 +33,9 @@ def obstacle(node: ir.Node, view: GraphView, target: Target) -> str | None:
     weight = view.weight(node.inputs[1])
     if weight is None or weight.dtype != ir.DataType.FLOAT:
         return "its weight is not a float32 constant"
-    if node.inputs[0] is None or node.inputs[0].is_initializer():
-        return "its data input is a constant"
-    if node.inputs[0].dtype not in (ir.DataType.FLOAT, None):
-        return "its data input is not float32"
     attributes = node.attributes
+    if (problem := product_obstacle(node)) is not None:
+        return problem
     if node.op_type == "LSTM":
         if not target.contrib_ops:
             return "the target runs standard operators only, and a dynamic LSTM is com.microsoft"
@@ -50,6 +48,16 @@ def obstacle(node: ir.Node, view: GraphView, target: Target) -> str | None:
             return "layout or input_forget is set"
     elif len(weight.shape) != 2:
         return "its weight is not a matrix"
+    return None
+
+
+def product_obstacle(node: ir.Node) -> str | None:
+    """Why data that is read and a plain product are not what the node is about; None if they are."""
+    if node.inputs[0] is None or node.inputs[0].is_initializer():
+        return "its data input is a constant"
+    if node.inputs[0].dtype not in (ir.DataType.FLOAT, None):
+        return "its data input is not float32"
+    attributes = node.attributes
     if node.op_type == "Gemm" and (
         attributes.get_float("alpha", 1.0) != 1.0
         or attributes.get_float("beta", 1.0) != 1.0

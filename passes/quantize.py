@@ -129,6 +129,8 @@ class Quantize(Pass):
         if not any(t is not None and t.dtype == ir.DataType.FLOAT for t in constants):
             if not any(v is not None and v.dtype in (ir.DataType.FLOAT, None) for v in node.outputs):
                 raise Skip("")  # shapes, indices, masks: no float work
+            if BLOCKED in self.modes and _blocked.weight_of(node) is not None:  # a table that is turned
+                return self._site(node, view)
             if node.op_type not in _qdq.STATIC_OPS:
                 raise Skip(_why_float(node))
             if view.in_subgraph(node):
@@ -136,6 +138,9 @@ class Quantize(Pass):
             problem = _qdq.obstacle(node, view)
             if problem:
                 raise Skip(problem)
+        return self._site(node, view)
+
+    def _site(self, node: ir.Node, view: GraphView) -> Site:
         extra = fused_activation(node, view)
         return Site.of(node) if extra is None else Site.of(node, extra)
 
@@ -173,7 +178,7 @@ class Quantize(Pass):
                 detail=options,
                 effects=False,
             )
-        for choice in self._in_blocks(site, view, target, enough=bool(saved)):
+        for choice in self._in_blocks(site, view, target):
             offered = True
             yield choice
         inputs = tuple(str(v.name) for v in activation_inputs(node, view))
@@ -214,12 +219,14 @@ class Quantize(Pass):
                 effects=False,
             )
 
-    def _in_blocks(self, site: Site, view: GraphView, target: Target, *, enough: bool) -> Iterator[Choice]:
+    def _in_blocks(self, site: Site, view: GraphView, target: Target) -> Iterator[Choice]:
         if BLOCKED not in self.modes:
             return
         node, problems = view.node(site.key), []
+        weight = _blocked.weight_of(node)
+        enough = weight is not None and weight.tensor.size >= self.min_weights
         for form in self._forms():
-            problem = _blocked.obstacle(node, view, target, form)
+            problem = _blocked.obstacle(node, target, form)
             if problem is None and enough:
                 yield _blocked.choice(site, node, view, form)
             else:

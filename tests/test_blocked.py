@@ -215,6 +215,46 @@ def test_weights_that_are_zero_or_next_to_it() -> None:
     np.testing.assert_allclose(run(after, {"x": normal(9, 2, 64)})["y"][:, 0], 0, atol=1e-4)
 
 
+# --- tables that are read twice ----------------------------------------------------------------
+
+TIED = """g (int64[1, 3] i) => (float[1, 3, 40] y) {
+  x = Gather (w, i)  t = Transpose <perm = [1, 0]> (w)  y = MatMul (x, t) }"""
+
+
+def test_a_table_that_is_turned_gets_blocks_of_its_own() -> None:
+    """As the head of a language model; what is looked up stays what it was."""
+    model, feed = text(TIED, {"w": normal(0, 40, 64)}), {"i": np.array([[0, 7, 39]])}
+    after = blocked(model, "w8/32")
+    assert ops(after) == ["Gather", "MatMulNBits"]
+    expected = normal(0, 40, 64)[[0, 7, 39]] @ dequantized(rounded(normal(0, 40, 64), Form(8, 32)), 32).T
+    np.testing.assert_allclose(run(after, feed)["y"][0], expected, atol=0.3)
+    view = GraphView(model)
+    (choice,) = (
+        c
+        for s in BLOCKED.sites(view)
+        if isinstance(s, Site) and view.node(s.key).op_type == "MatMul"
+        for c in BLOCKED.choices(s, view, HOST)
+        if c.name == "w8/32"
+    )
+    assert choice.bytes_saved == -(40 * 64 + 4 * 2 * 40), "the table stays"
+
+
+def test_the_switch_of_a_table_leaves_lookups_alone() -> None:
+    model, feed = text(TIED, {"w": normal(0, 40, 64)}), {"i": np.array([[0, 7, 39]])}
+    panel = models.clone(model)
+    rewriter = Rewriter(panel)
+    switch = rewriter.add_input("switch", ir.DataType.BOOL, ())
+    assert BLOCKED.simulate(Term("w4/32", "w"), rewriter, Evidence(), HOST, switch)
+    off, on = (run(panel, {**feed, "switch": np.array(value)})["y"] for value in (False, True))
+    np.testing.assert_array_equal(off, run(model, feed)["y"])
+    np.testing.assert_array_equal(on, run(blocked(model), feed)["y"])
+
+
+def test_other_turns_are_no_weight() -> None:
+    body = "g (float[64, 64] x) => (float[64, 64] y) { t = Transpose <perm = [0, 1]> (w)  y = MatMul (x, t) }"
+    assert offered(text(body, {"w": normal(0, 64, 64)}), BLOCKED) == []
+
+
 # --- branches, switches ------------------------------------------------------------------------
 
 IF = """g (float[2, 64] x, bool flag) => (float[2, 8] y) {
