@@ -28,6 +28,8 @@ _LARGE = 1000
 """Nodes of a graph above which a width is priced as if what runs inside what stayed the same."""
 _SMALLER_MAY_COST = 5e-3
 """Share of the model's time that nodes may take more where they make the file smaller, if files are no aim."""
+_LEAST_BY_FOUR_BITS = 0.02
+"""Share of what the model takes that weights of 4 bits have to save over finer forms, all of them together."""
 _MEASURED_SLOWER = "int8 kernels measured slower than the input on this machine"
 _NO_FASTER_WIDTH = "no smaller width is predicted faster here"
 _NO_WIDTH = "no smaller width is predicted to gain anything here"
@@ -172,6 +174,8 @@ def ask(
             questions.append(Question(site, seconds, _integer(options), must=True, joules=joules))
             continue
         questions.append(Question(site, seconds, _undominated(options), joules=joules))
+    if gains_only:
+        questions = _worth_their_noise(questions, rates, everything)
     return questions, _value_costs(questions, view, here, shapes), missing
 
 
@@ -254,6 +258,22 @@ def _undominated(options: Sequence[Option]) -> tuple[Option, ...]:
         return tuple(options)
     limit = _HARDLY_FASTER * min(free)
     return tuple(o for o in options if not (o.choice.reads and o.choice.calibrated and o.seconds >= limit))
+
+
+def _worth_their_noise(questions: Sequence[Question], rates: Rates, everything: float) -> list[Question]:
+    """Leaves out weights of 4 bits where the whole model would hardly gain by them: they are 20 dB noisier than 8."""
+
+    def taken(option: Option) -> float:
+        return rates.running(option.seconds, option.joules) - rates.worth(option.choice)
+
+    gain = 0.0
+    finer: list[Question] = []
+    for question in questions:
+        fine = tuple(o for o in question.options if o.choice.precision != Precision.BLOCKED4)
+        least = min([rates.running(question.seconds, question.joules), *map(taken, fine)])
+        gain += max(0.0, *(least - taken(o) for o in question.options if o not in fine), 0.0)
+        finer.append(replace(question, options=fine))
+    return finer if gain < _LEAST_BY_FOUR_BITS * everything else list(questions)
 
 
 def _elementwise(op: str, shape: tuple[int, ...], cost: CostModel) -> float:

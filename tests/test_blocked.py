@@ -430,7 +430,7 @@ def test_the_model_costs_what_the_plan_said(name: str, form: str) -> None:
     cost, view = CostModel(profile), GraphView(model)
     shapes = {"x": (1, 256), "h": (1, 320), "r": (1, 320), "m": (1, 64), "a": (1, 64), "y": (1, 64)}
     offer = offers(BLOCKED, view, profile.target(), synthetic=True)
-    questions, _, missing = ask(offer, view, cost, shapes, lambda choice: None)
+    questions, _, missing = ask(offer, view, cost, shapes, lambda choice: None, gains_only=False)
     assert not missing
     change = sum(next(o.seconds for o in q.options if o.choice.name == form) - q.seconds for q in questions)
     after = GraphView(blocked(model, form))
@@ -486,3 +486,20 @@ def test_a_profile_without_such_a_kernel_offers_none() -> None:
     )
     reasons = {s.reason for s in result.report.sites if s.op in ("MatMul", "Gemm")}
     assert all("the target has no kernel for weights of 8 bits in blocks" in r for r in reasons) and reasons
+
+
+@pytest.mark.parametrize(("others", "kept"), [(0, True), (40, False)])
+def test_four_bits_are_left_out_where_the_whole_hardly_gains(others: int, kept: bool) -> None:
+    """The same product alone, and as a small part of a model whose other weights are nearly as good in 8 bits."""
+    wide = "".join(f"z{i} = MatMul (x, v{i})  " for i in range(others))
+    outputs = "".join(f", float[64, 1024] z{i}" for i in range(others))
+    body = f"g (float[1, 1024] s, float[64, 256] x) => (float[1, 1024] y{outputs}) {{ y = MatMul (s, w)  {wide} }}"
+    weights = {f"v{i}": normal(i, 256, 1024) for i in range(others)}
+    view = GraphView(text(body, {"w": normal(0, 1024, 1024), **weights}))
+    profile = load_profile("host-x86-vnni")
+    offer = offers(Quantize(), view, profile.target(), synthetic=False)
+    shapes = {"s": (1, 1024), "x": (64, 256), "y": (1, 1024), **{f"z{i}": (64, 1024) for i in range(others)}}
+    for gains_only in (True, False):
+        questions, _, _ = ask(offer, view, CostModel(profile), shapes, lambda choice: None, gains_only=gains_only)
+        four = {o.choice.name for q in questions for o in q.options} & {"w4/32", "w4/128"}
+        assert bool(four) == (kept or not gains_only)
