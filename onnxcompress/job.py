@@ -237,8 +237,8 @@ class Job:
 
     def _better(self, than: ir.Model) -> bool:
         """Whether the result takes enough less of what is aimed at."""
-        spent, other = self._spent(self.result), self._spent(than)
-        return self.objective.value(spent, other) < _WORTH_KEEPING * self.objective.value(other, other)
+        first, now, other = map(self._spent, (self.normalised, self.result, than))
+        return self.objective.value(now, first) < _WORTH_KEEPING * self.objective.value(other, first)
 
     def _no_better(self, model: ir.Model) -> str:
         spent = self._spent(model)
