@@ -280,8 +280,10 @@ def pack(matrix: Rounded, form: Form) -> Blocks:
 
 
 def _stored(weight: Weight, form: Form, rounding: Rounding) -> Blocks:
-    key = f"onnxcompress.blocked.{form}.{weight.outputs_first}.{rounding.__module__}.{rounding.__qualname__}"
-    return remembered(weight.tensor, key, partial(_blocks, form=form, turn=not weight.outputs_first, rounding=rounding))
+    make = partial(_blocks, form=form, turn=not weight.outputs_first, rounding=rounding)
+    if rounding is not rounded:  # what it looks at is not only the weight
+        return make(weight.tensor.numpy())
+    return remembered(weight.tensor, f"onnxcompress.blocked.{form}.{weight.outputs_first}", make)
 
 
 def _blocks(array: Floats, *, form: Form, turn: bool, rounding: Rounding) -> Blocks:

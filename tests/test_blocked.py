@@ -21,7 +21,7 @@ from onnxcompress import registry
 from onnxcompress.base import Precision, Site, Skip, Term
 from onnxcompress.cost import CostModel
 from onnxcompress.errors import PassOptionError
-from onnxcompress.passes._blocked import Form, Rounded, pack, rounded
+from onnxcompress.passes._blocked import Form, Rounded, apply, pack, rounded
 from onnxcompress.passes.quantize import Quantize
 from onnxcompress.profile import load_profile
 from onnxcompress.questions import ask, offers
@@ -213,6 +213,24 @@ def test_weights_that_are_zero_or_next_to_it() -> None:
     w = np.ascontiguousarray(matrix.T)
     after = blocked(text("g (float[2, 64] x) => (float[2, 4] y) { y = MatMul (x, w) }", {"w": w}))
     np.testing.assert_allclose(run(after, {"x": normal(9, 2, 64)})["y"][:, 0], 0, atol=1e-4)
+
+
+def test_rounding_can_be_handed_in() -> None:
+    """Integers that somebody else has chosen, as rounding with feedback does."""
+
+    def down(matrix: Array, form: Form) -> Rounded:
+        plain = rounded(matrix, form)
+        return Rounded(np.maximum(plain.integers - 1, -8).astype(np.int8), plain.scales)
+
+    model, matrix = text(MATMUL, {"w": np.ascontiguousarray(normal(0, 8, 64).T)}), normal(0, 8, 64)
+    copy = models.clone(model)
+    rewriter = Rewriter(copy)
+    apply(rewriter.node("node"), None, rewriter, Form(4, 32), down)
+    x = normal(9, 2, 64)
+    expected = x @ dequantized(down(matrix, Form(4, 32)), 32).T
+    np.testing.assert_allclose(run(copy, {"x": x})["y"], expected, atol=0.02 * np.abs(expected).max())
+    plain = run(blocked(model), {"x": x})["y"]
+    assert np.abs(plain - expected).max() > 0.05 * np.abs(expected).max(), "not what was remembered"
 
 
 # --- tables that are read twice ----------------------------------------------------------------
