@@ -10,8 +10,8 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -21,6 +21,7 @@ from onnxcompress import registry
 from onnxcompress.base import KEEP, Choice, Pass, Stage
 from onnxcompress.calibrate import value_shapes
 from onnxcompress.cost import CostModel
+from onnxcompress.course import Course
 from onnxcompress.data import Feed, Source
 from onnxcompress.errors import DataError, ModelRunError
 from onnxcompress.evaluate import measure
@@ -28,30 +29,18 @@ from onnxcompress.footprint import Footprints
 from onnxcompress.judge import DEFAULT_MIN_SQNR_DB, Judge, Metric
 from onnxcompress.objective import DEFAULT, Objective, Spent
 from onnxcompress.profile import Profile
-from onnxcompress.questions import offers
 from onnxcompress.report import Attempt, Budget, Latency, OnDevice, PassReport, Report, SiteReport, Totals
 from onnxcompress.sizes import file_size, model_size
 from onnxcompress.statistics import Evidence
 from onnxcompress.suitability import on_device, remarks, stranded
 from onnxcompress.target import Target
-from onnxcompress.trial import LOSSLESS_SAMPLES, Tidied, pass_options, tidy
-from onnxcompress.turn import FEW, Calibrator, Conditions, Progress, take_turn
+from onnxcompress.trial import LOSSLESS_SAMPLES, Tidied, tidy
+from onnxcompress.turn import FEW, Calibrator, Conditions, Progress
 from onnxcompress.view import GraphView
 
 __all__ = ["DEFAULT_MIN_SQNR_DB", "IN_MEMORY", "Job", "Metric", "Progress"]
 
 logger = logging.getLogger(__name__)
-
-_FITTED = (Stage.PRUNE, Stage.FACTORIZE)
-"""Families whose weights are fitted to samples."""
-_WORTH_TRYING = 0.25
-"""Least share of the budget that they are tried with."""
-_CAUTION = 0.25
-"""Share of what is left that they may use: noise of what was fitted to samples says less of other data."""
-_WORTH_KEEPING = 0.97
-"""They are kept where the whole then takes less than this part of what is aimed at."""
-_LEAST_PORTION = 0.1
-"""Share of the budget below which what runs faster is left out where the target is all about files."""
 
 _HOLDOUT_LIMIT = 16
 _TIMING_SECONDS = 0.25
@@ -59,42 +48,6 @@ _FILE_ALLOWANCE_DB = 1.0
 IN_MEMORY = "model in memory"
 _SLOWER = 0.97
 """Measured speed-up below which a result counts as slower; timing of equal models scatters by 3 %."""
-
-
-@dataclass(frozen=True)
-class _State:
-    """Where a run stands: a model, and how it came about."""
-
-    model: ir.Model
-    saved: float = 0.0
-    rewrites: tuple[PassReport, ...] = ()
-    sites: tuple[SiteReport, ...] = ()
-
-    def with_dropped(self, tried: _State, reason: str) -> _State:
-        """This one, with what was tried and is not kept on record."""
-        rows = (replace(r, changed=0, outcome="dropped", reason=reason, added=None) if r.changed else r
-                for r in tried.rewrites)  # fmt: skip
-        sites = (s if s.decision == KEEP else replace(s, decision=KEEP, reason=reason) for s in tried.sites)
-        return replace(self, rewrites=(*self.rewrites, *rows), sites=(*self.sites, *sites))
-
-
-@dataclass(frozen=True)
-class _Ways:
-    """How the passes of a run go about it.
-
-    Attributes:
-        passes: all that change outputs.
-        by_hand: the user named them.
-        float_only: only choices that leave the kernels float.
-    """
-
-    passes: tuple[Pass, ...]
-    by_hand: bool
-    float_only: bool
-
-    def stored_after(self, pass_: Pass) -> str:
-        """Name of a later pass that stores weights in fewer bits; empty if none does."""
-        return next((p.name for p in self.passes if p.for_size and p.stage > pass_.stage), "")
 
 
 class Job:
@@ -163,153 +116,13 @@ class Job:
             self._not_slower(lossy, by_hand=by_hand)
 
     def _rewrite(self, passes: Sequence[Pass], *, by_hand: bool, float_only: bool = False) -> None:
-        """All passes that change outputs, on the normalised model.
-
-        What is fitted to samples (pruning, factors) comes first in the graph but last in the plan: noise buys more
-        elsewhere, so it is tried with what the others leave of the budget, and kept where the whole then takes less of
-        what is aimed at. What stores weights in fewer bits comes last and uses up what there is, so it is no part of
-        what the others leave.
-        """
-        ways = _Ways(tuple(passes), by_hand, float_only)
-        fitted = [] if by_hand else [p for p in passes if p.stage in _FITTED]
-        others = [p for p in passes if p not in fitted and not p.for_size]
-        storing = [p for p in passes if p not in fitted and p.for_size]
-        base = _State(self.normalised)
-        self._in_turn(base, others, 1.0, ways)
-        plain = self._state
-        self._in_turn(plain, storing, 1.0, ways)
-        share = self.judge.left(plain.model) if fitted and plain.model is not self.normalised else 1.0
-        if share >= _WORTH_TRYING:
-            self._try_first(fitted, _CAUTION * share, base, plain, others, storing, ways)
-            return
-        used = f"other rewrites pay more and leave {share:.0%} of the accuracy budget: too little for this one"
-        for pass_ in fitted:
-            self._not_tried(pass_, used)
-
-    def _try_first(
-        self,
-        fitted: Sequence[Pass],
-        share: float,
-        base: _State,
-        plain: _State,
-        others: Sequence[Pass],
-        storing: Sequence[Pass],
-        ways: _Ways,
-    ) -> None:
-        """Tries passes before the others, one after the other, and keeps the first with which the whole is better.
-
-        Factors of what was pruned, or the other way round, are for who names both. Storing takes long, so it follows
-        only where the whole is better before it, too: it makes files of any kind smaller by much the same factor.
-
-        Args:
-            fitted: the passes.
-            share: of the budget that one may use.
-            base: what they find.
-            plain: what the others made of it without them.
-            others: those that run after it.
-            storing: those that store the result.
-            ways: how all of them run.
-        """
-        before = self._state
-        dropped: list[_State] = []
-        waiting = list(fitted)
-        kept: _State | None = None
-        while waiting and kept is None:
-            self._in_turn(base, [waiting.pop(0)], share, ways)
-            tried = self._state
-            if tried.model is not base.model:
-                self._in_turn(tried, others, 1.0, ways)
-                if self._better(plain.model):
-                    if storing:
-                        self._in_turn(self._state, storing, 1.0, ways)
-                    better = not storing or self._better(before.model)
-                    if better and not self.judge.check(self.result).problem:
-                        kept = self._state
-                        break
-            dropped.append(tried)
-        self.data.forget()
-        result = before if kept is None else kept
-        for state in dropped:
-            result = result.with_dropped(state, self._no_better(before.model))
-        self._restore(result)
-        for pass_ in waiting:
-            self._not_tried(pass_, "another family that is fitted to samples is in its place; name both to have both")
-
-    def _better(self, than: ir.Model) -> bool:
-        """Whether the result takes enough less of what is aimed at."""
-        first, now, other = map(self._spent, (self.normalised, self.result, than))
-        return self.objective.value(now, first) < _WORTH_KEEPING * self.objective.value(other, first)
-
-    def _no_better(self, model: ir.Model) -> str:
-        spent = self._spent(model)
-        if not self.objective.by_bytes and not self.objective.energy:
-            return f"with it the whole is predicted to take {1e3 * spent.seconds:.3g} ms or more, as without it"
-        return "with it the whole is predicted to take as much of what is aimed at, or more, as without it"
-
-    @property
-    def _state(self) -> _State:
-        return _State(self.result, self.saved, tuple(self.rewrites), tuple(self.sites))
-
-    def _restore(self, state: _State) -> None:
-        self.result, self.saved = state.model, state.saved
-        self.rewrites, self.sites = list(state.rewrites), list(state.sites)
-
-    def _not_tried(self, pass_: Pass, reason: str) -> None:
-        """Says of every site of a pass why it was not tried."""
-        view = GraphView(self.normalised, self.shapes)
-        offer = offers(pass_, view, self.target, synthetic=self.source.synthetic)
-        ops = {str(n.name): n.op_type for n in view.nodes()}
-        self.sites += [SiteReport(pass_.name, s.key, ops.get(s.key, ""), KEEP, s.reason) for s in offer.skipped]
-        self.sites += [SiteReport(pass_.name, s.key, ops.get(s.key, ""), KEEP, reason) for s in offer.choices]
-        why = reason if offer.choices else ""
-        self.rewrites.append(PassReport(pass_.name, pass_options(pass_), 0, "nothing to do", why))
-
-    def _in_turn(self, start: _State, passes: Sequence[Pass], share: float, ways: _Ways) -> None:
-        """Passes one after the other.
-
-        Args:
-            start: what they find.
-            passes: in the order they run.
-            share: of the budget that each may use, those before it included.
-            ways: how they run.
-        """
-        self._restore(start)
-        for pass_ in passes:
-            stored_by = ways.stored_after(pass_)
-            portion = self._portion(pass_, stored_by, ways)
-            if portion < _LEAST_PORTION:
-                self._not_tried(pass_, f"the target leaves nearly all of the accuracy budget to {stored_by}")
-                continue
-            gentler = pass_.gentler() if self.target.required and not ways.by_hand else ()
-            variants = [pass_, *gentler]
-            while variants:
-                shapes, variant = self._shapes_of(self.result), variants.pop(0)
-                turn = take_turn(
-                    self.result, shapes, variant, portion * share, self.conditions,
-                    by_hand=ways.by_hand, float_only=ways.float_only, stored_by=stored_by,
-                )  # fmt: skip
-                self.attempts += turn.attempts
-                if turn.report.outcome == "dropped" and variants:  # the attempts still tell of it
-                    continue
-                self.result, self.saved = turn.model, self.saved + turn.saved
-                self.rewrites.append(turn.report)
-                self.sites += turn.sites
-                break
-
-    def _portion(self, pass_: Pass, stored_by: str, ways: _Ways) -> float:
-        """Share of the budget that a pass may use where a later one makes files smaller for the rest of it.
-
-        All of it where the user named the passes, or the device runs nothing but what this one makes.
-        """
-        if not stored_by or pass_.stage is not Stage.QUANTIZE or ways.by_hand or self.target.required:
-            return 1.0
-        return self.objective.running
-
-    def _shapes_of(self, model: ir.Model) -> Mapping[str, tuple[int, ...]]:
-        """Measured shapes of a model; earlier passes may have changed those of the normalised one."""
-        if model is self.normalised:
-            return self.shapes
-        return value_shapes(model, self.calibration.first(), bodies=True)
+        """All passes that change outputs, on the normalised model."""
+        done = Course(
+            self.normalised, self.shapes, tuple(passes), self.conditions, self.footprints, self.attempts,
+            by_hand, float_only,
+        ).run()  # fmt: skip
+        self.result, self.saved = done.model, done.saved
+        self.rewrites, self.sites = list(done.rewrites), list(done.sites)
 
     def _lossless(self, model: ir.Model, passes: Sequence[Pass]) -> ir.Model:
         """Lossless passes one after another, checked once; one by one only if the whole does not hold."""

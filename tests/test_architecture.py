@@ -57,6 +57,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "search forms",
         "judge",
         "turn packing",
+        "course",
         "job inspection emulated bundling",
         "pipeline validation explanation prunable",
         "onnxcompress testing",
