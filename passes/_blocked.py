@@ -7,79 +7,46 @@ reading weights is the work: products of one or two rows. It is written as such 
 MatMul: these fuse to it only where no Relu follows, and unfused they dequantize in every call (3-8 times slower,
 measured). ``accuracy_level`` is 4, as in what profiles are fitted to: inside, x is rounded to int8, a scale for
 each block of a row, which is noise of -42 to -46 dB. :func:`simulate` runs the very node, so that is part of its price.
-
-A block's scale is looked for: its largest weight, sign and all, is put on -d for some d around 2^(b-1); the rounded
-q that points closest to w, that is with the greatest <w, q>^2 / <q, q>, wins, and s = <w, q> / <q, q> is then the best.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
-from onnxcompress.base import Choice, Precision, Site, Skip, Term
-from onnxcompress.passes import _dynamic
-from onnxcompress.passes._int8 import gate, remembered
+from onnxcompress.base import Choice, Site, Skip, Term
+from onnxcompress.passes import _dynamic, _weight_storage
+from onnxcompress.passes._blocks import Blocks, Floats, Form, Rounding, pack, rounded
+from onnxcompress.passes._int8 import WeightOptions, gate, remembered
 from onnxcompress.rewrite import Rewriter
 from onnxcompress.target import Target
 from onnxcompress.view import GraphView
 
-__all__ = [
-    "BITS",
-    "BLOCKS",
-    "OPS",
-    "Blocks",
-    "Form",
-    "Rounded",
-    "Weight",
-    "apply",
-    "choice",
-    "obstacle",
-    "pack",
-    "rounded",
-    "simulate",
-    "weight_of",
-]
-
-BITS = (4, 8)
-BLOCKS = (16, 32, 64, 128, 256)
-"""Sizes of blocks there are kernels for."""
+__all__ = ["OPS", "Blocking", "Weight", "apply", "choice", "obstacle", "simulate", "weight_of"]
 
 OPS = ("MatMul", "Gemm")
 """Operators whose weights may be in blocks."""
 
 _ACCURACY_LEVEL = 4
-_PRECISION = {4: Precision.BLOCKED4, 8: Precision.BLOCKED8}
-_ENDS = {4: (7.0, 7.5, 8.0, 8.5, 9.0, 10.0, 11.0), 8: (127.0, 128.0)}
-"""Where the largest weight of a block is put; beyond 2^(bits-1) it is clipped."""
 _IN_THE_FLOAT_KERNEL = ("Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh")
 """What runs inside a float Gemm, and by itself behind this kernel."""
-_PIECE = 2_000_000
-
-Floats = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True, order=True)
-class Form:
-    """Bits of a weight, and how many weights share a scale."""
+@dataclass(frozen=True)
+class Blocking:
+    """What a choice is.
 
-    bits: int
-    block: int
+    Attributes:
+        form: of the weight.
+        add: name of the Add that becomes the bias; "" for none.
+        table: how the weight is stored for those who look up rows in it; None if nobody does.
+    """
 
-    @property
-    def name(self) -> str:
-        """Of choices and terms."""
-        return f"w{self.bits}/{self.block}"
-
-    @property
-    def precision(self) -> str:
-        """What profiles call the kernel."""
-        return _PRECISION[self.bits]
+    form: Form
+    add: str
+    table: WeightOptions | None
 
 
 @dataclass(frozen=True)
@@ -106,38 +73,6 @@ class Weight:
         return int(outputs * -(-inputs // form.block) * (form.block * form.bits // 8 + 4))
 
 
-@dataclass(frozen=True)
-class Rounded:
-    """A matrix in blocks.
-
-    Attributes:
-        integers: shape (outputs, inputs), within [-2^(bits-1), 2^(bits-1) - 1].
-        scales: shape (outputs, blocks).
-    """
-
-    integers: npt.NDArray[np.int8]
-    scales: Floats
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """A matrix as MatMulNBits reads it.
-
-    Attributes:
-        packed: shape (outputs, blocks, bytes of a block); of two weights in a byte the first is the low half.
-        scales: shape (outputs * blocks,).
-        inputs: length of a column.
-    """
-
-    packed: npt.NDArray[np.uint8]
-    scales: Floats
-    inputs: int
-
-
-Rounding = Callable[[Floats, Form], Rounded]
-"""How a matrix (outputs, inputs) becomes integers; :func:`rounded` by default."""
-
-
 # --- finding -----------------------------------------------------------------------------------
 
 
@@ -159,23 +94,45 @@ def obstacle(node: ir.Node, target: Target, form: Form) -> str | None:
     return _dynamic.product_obstacle(node)
 
 
-def choice(site: Site, node: ir.Node, view: GraphView, form: Form) -> Choice:
-    """The choice of a form at a node that nothing is in the way of."""
+def choice(site: Site, node: ir.Node, view: GraphView, form: Form, table: WeightOptions) -> Choice:
+    """The choice of a form at a node that nothing is in the way of.
+
+    Args:
+        table: how what else is looked up in the weight is stored, if it is a table.
+    """
     weight, add = _weight(node), _bias_add(node, view)
+    name, saved = str(weight.value.name), -weight.stored_bytes(form)
+    adds: list[tuple[str, str]] = []
     follower = _only_reader(node, view) if node.op_type == "Gemm" else None
-    alone = follower is not None and follower.op_type in _IN_THE_FLOAT_KERNEL
+    if follower is not None and follower.op_type in _IN_THE_FLOAT_KERNEL:
+        adds.append((follower.op_type, str(node.outputs[0].name)))
+    lookups = _lookups(weight)
+    if weight.turned is None or lookups:
+        saved += weight.tensor.nbytes
+    if lookups:
+        rows, columns = weight.tensor.shape.numpy()
+        saved -= rows * columns + 4 * rows
+        adds += [(op, str(n.outputs[0].name)) for n in lookups for op in ("Cast", "Mul")]
     return Choice(
         site,
         form.name,
         form.precision,
-        adds=((follower.op_type, str(node.outputs[0].name)),) if follower is not None and alone else (),
+        adds=tuple(adds),
         removes=() if add is None else (str(add.name),),
-        # a table that is turned here is looked up elsewhere, so it stays
-        bytes_saved=(0 if weight.turned else weight.tensor.nbytes) - weight.stored_bytes(form),
-        terms=(Term(form.name, str(weight.value.name)),),
-        detail=form,
+        bytes_saved=saved,
+        terms=(Term(form.name, name), *((Term("weight", name),) if lookups else ())),
+        detail=Blocking(form, "" if add is None else str(add.name), table if lookups else None),
         effects=False,
     )
+
+
+def _lookups(weight: Weight) -> list[ir.Node]:
+    """Lookups in a table that a product turns, if nobody else reads it, so that it need not stay float."""
+    if weight.turned is None or weight.value.is_graph_output() or len(weight.turned.outputs[0].uses()) != 1:
+        return []
+    uses = [use for use in weight.value.uses() if use.node is not weight.turned]
+    plain = (u.node.op_type == "Gather" and u.idx == 0 and u.node.attributes.get_int("axis", 0) == 0 for u in uses)
+    return [use.node for use in uses] if all(plain) else []
 
 
 def weight_of(node: ir.Node) -> Weight | None:
@@ -222,63 +179,6 @@ def _only_reader(node: ir.Node, view: GraphView) -> ir.Node | None:
     return uses[0][0]
 
 
-# --- rounding ----------------------------------------------------------------------------------
-
-
-def rounded(matrix: Floats, form: Form) -> Rounded:
-    """Rounds to the nearest, with the best scale of a few for each block.
-
-    Args:
-        matrix: shape (outputs, inputs).
-        form: bits and block.
-    """
-    outputs, inputs = matrix.shape
-    count = -(-inputs // form.block)
-    scales = np.empty((outputs, count), np.float32)
-    integers = np.empty((outputs, inputs), np.int8)
-    step = max(1, _PIECE // (count * form.block))
-    for start in range(0, outputs, step):
-        part = slice(start, start + step)
-        rows = np.zeros((len(matrix[part]), count * form.block), np.float32)
-        rows[:, :inputs] = matrix[part]
-        found, scales[part] = _best(rows.reshape(-1, count, form.block), form.bits)
-        integers[part] = found.reshape(len(rows), -1)[:, :inputs]
-    return Rounded(integers, scales)
-
-
-def _best(blocks: Floats, bits: int) -> tuple[npt.NDArray[np.int8], Floats]:
-    """Integers and scales of blocks, shape (outputs, blocks, block)."""
-    high, low = blocks.max(-1), blocks.min(-1)
-    largest = np.where(high > -low, high, low)
-    usable = np.abs(largest) > 2.0**bits * np.finfo(np.float32).tiny
-    inverse = np.divide(-1.0, largest, out=np.zeros_like(largest), where=usable)
-    best = np.full(largest.shape, -1.0, np.float32)
-    scales = np.ones_like(largest)
-    integers = np.zeros(blocks.shape, np.int8)
-    for end in _ENDS[bits]:
-        tried = np.rint(blocks * (end * inverse)[..., None])
-        np.clip(tried, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, out=tried)
-        product, square = np.einsum("nbk,nbk->nb", blocks, tried), np.einsum("nbk,nbk->nb", tried, tried)
-        scale = np.divide(product, square, out=np.ones_like(product), where=square > 0)
-        better = product * scale > best
-        best[better], scales[better] = (product * scale)[better], scale[better]
-        integers[better] = tried[better]
-    return integers, scales
-
-
-def pack(matrix: Rounded, form: Form) -> Blocks:
-    """The bytes that MatMulNBits reads; blocks that are not full are filled with zeros."""
-    outputs, inputs = matrix.integers.shape
-    count = matrix.scales.shape[1]
-    middle = 2 ** (form.bits - 1)
-    codes = np.full((outputs, count * form.block), middle, np.uint8)
-    codes[:, :inputs] = matrix.integers.astype(np.int16) + middle
-    codes = codes.reshape(outputs, count, form.block)
-    if form.bits == 4:
-        codes = codes[..., ::2] | codes[..., 1::2] << 4
-    return Blocks(np.ascontiguousarray(codes), matrix.scales.reshape(-1), inputs)
-
-
 def _stored(weight: Weight, form: Form, rounding: Rounding) -> Blocks:
     make = partial(_blocks, form=form, turn=not weight.outputs_first, rounding=rounding)
     if rounding is not rounded:  # what it looks at is not only the weight
@@ -293,10 +193,14 @@ def _blocks(array: Floats, *, form: Form, turn: bool, rounding: Rounding) -> Blo
 # --- making ------------------------------------------------------------------------------------
 
 
-def apply(node: ir.Node, add: ir.Node | None, rewriter: Rewriter, form: Form, rounding: Rounding = rounded) -> None:
+def apply(node: ir.Node, rewriter: Rewriter, blocking: Blocking, rounding: Rounding = rounded) -> None:
     """Puts MatMulNBits in the place of a product, and of the Add behind it that is its bias."""
-    weight = _weight(node)
+    weight, form = _weight(node), blocking.form
+    add = rewriter.node(blocking.add) if blocking.add else None
     stored = _stored(weight, form, rounding)
+    if blocking.table is not None:
+        for lookup in _lookups(weight):
+            _weight_storage.apply(lookup, rewriter, blocking.table)
     anchor = add or node
     biases = [v for v in add.inputs if v is not node.outputs[0]] if add is not None else _gemm_bias(node)
     result = _product(node, rewriter, form, stored, biases, before=anchor)

@@ -27,7 +27,7 @@ import onnx_ir as ir
 
 from onnxcompress.base import Choice, Pass, Precision, Site, Skip, Skipped, Stage, Term
 from onnxcompress.errors import PassError
-from onnxcompress.passes import _blocked, _dynamic, _qdq, _weight_storage
+from onnxcompress.passes import _blocked, _blocks, _dynamic, _qdq, _weight_storage
 from onnxcompress.passes._int8 import (
     ActivationOptions,
     Int8Options,
@@ -90,10 +90,10 @@ class Quantize(Pass):
             raise ValueError("percentile must be above 50 and at most 100")
         if self.weight_ranges not in (RangeMethod.MINMAX, RangeMethod.MSE):
             raise ValueError("weight_ranges must be minmax or mse")
-        if not self.bits or not set(self.bits) <= set(_blocked.BITS):
-            raise ValueError(f"bits must be some of {_words(_blocked.BITS)}, not {_words(self.bits)}")
-        if not self.block or not set(self.block) <= set(_blocked.BLOCKS):
-            raise ValueError(f"block must be some of {_words(_blocked.BLOCKS)}, not {_words(self.block)}")
+        if not self.bits or not set(self.bits) <= set(_blocks.BITS):
+            raise ValueError(f"bits must be some of {_words(_blocks.BITS)}, not {_words(self.bits)}")
+        if not self.block or not set(self.block) <= set(_blocks.BLOCKS):
+            raise ValueError(f"block must be some of {_words(_blocks.BLOCKS)}, not {_words(self.block)}")
 
     def gentler(self) -> Iterator[Quantize]:
         if not self.bias_correction:
@@ -165,6 +165,8 @@ class Quantize(Pass):
         noise = tuple(Term("weight", str(w.name)) for w in weights if w is not None)
         saved = 3 * size if size >= self.min_weights else 0
         offered = bool(saved) and WEIGHTS in self.modes and target.folds_constants
+        if offered and node.op_type == "Gather" and any(_turned(w) for w in weights if w is not None):
+            raise Skip("a product reads its table, too, for which it would stay in float beside the integers")
         if offered:
             # multiplied out at load, except a table, of which only the rows that are looked up ever are
             resident = None if node.op_type == "Gather" else 0
@@ -228,17 +230,17 @@ class Quantize(Pass):
         for form in self._forms():
             problem = _blocked.obstacle(node, target, form)
             if problem is None and enough:
-                yield _blocked.choice(site, node, view, form)
+                yield _blocked.choice(site, node, view, form, self._options(target).weights)
             else:
                 problems.append(problem or f"it has fewer than {self.min_weights} weights")
         if self.modes == (BLOCKED,) and len(problems) == len(self._forms()):
             raise Skip("; ".join(dict.fromkeys(problems)))
 
-    def _forms(self) -> tuple[_blocked.Form, ...]:
+    def _forms(self) -> tuple[_blocks.Form, ...]:
         """From weak to strong."""
         blocks = sorted(set(self.block))
         of = {8: blocks[-1:], 4: blocks}  # 8 bits are fine enough for any block
-        return tuple(_blocked.Form(bits, block) for bits in sorted(set(self.bits), reverse=True) for block in of[bits])
+        return tuple(_blocks.Form(bits, block) for bits in sorted(set(self.bits), reverse=True) for block in of[bits])
 
     def _no_static(self, node: ir.Node, view: GraphView, target: Target) -> str | None:
         if view.in_subgraph(node):
@@ -253,9 +255,8 @@ class Quantize(Pass):
     def apply(self, choice: Choice, rewriter: Rewriter, evidence: Evidence) -> None:
         node = rewriter.node(choice.site.key)
         options = choice.detail
-        if isinstance(options, _blocked.Form):
-            add = rewriter.node(choice.removes[0]) if choice.removes else None
-            _blocked.apply(node, add, rewriter, options)
+        if isinstance(options, _blocked.Blocking):
+            _blocked.apply(node, rewriter, options)
             return
         if not isinstance(options, Int8Options):
             raise PassError(f"this choice at {choice.site.key!r} was not made by quantize")
@@ -308,6 +309,11 @@ def _absmax(node: ir.Node, evidence: Evidence) -> npt.NDArray[np.float64]:
     if not evidence.has(need):
         raise Skip(f"{need.value!r} was not observed in calibration")
     return evidence.channels(need.value, -1).absmax
+
+
+def _turned(weight: ir.Value) -> bool:
+    """Whether a table is also read as it is by a Transpose."""
+    return any(use.node.op_type == "Transpose" for use in weight.uses())
 
 
 def _words(numbers: Iterable[int]) -> str:
