@@ -79,7 +79,7 @@ class Weight:
 def obstacle(node: ir.Node, target: Target, form: Form) -> str | None:
     """Why the weight of a node cannot be in such blocks; None if it can."""
     if node.op_type not in OPS:
-        return f"only matrix products read weights in blocks, and this is a {node.op_type}"
+        return "only matrix products read weights in blocks"
     if not target.contrib_ops:
         return "the target runs standard operators only, and MatMulNBits, which reads blocks, is com.microsoft"
     if form.bits not in target.weight_only_bits:

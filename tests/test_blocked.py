@@ -402,7 +402,7 @@ def test_stored_weights_say_what_stays_in_memory() -> None:
             "g (float[1, 4, 8, 8] x) => (float[1, 8, 8, 8] y) { y = Conv (x, w) }",
             {"w": normal(0, 8, 4, 1, 1)},
             HOST,
-            "only matrix products read weights in blocks, and this is a Conv",
+            "only matrix products read weights in blocks",
         ),
         (
             "g (float[2, 64] x) => (float[2, 8] y) { y = Gemm <alpha = 2.0> (x, w) }",
