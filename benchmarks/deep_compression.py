@@ -5,8 +5,8 @@
 Trains the paper's two small networks on scikit-learn's digits, then takes the form with the fewest compressed bytes
 whose accuracy on the validation images falls by at most ``--max-drop``, and reports every stage on test images that
 nothing was chosen by. The paper retrains after pruning and trains the shared values; here weights are only refitted to
-what calibration saw, without labels. It codes by Huffman; here that is zstd of the whole file, graph included. A last
-stage, which the paper has not, removes whole neurons and channels before.
+what calibration saw, without labels. It codes by Huffman; here that is zstd of the whole file, graph included. Two
+stages more are not the paper's: whole neurons and channels removed before, and what ``--target download`` makes of it.
 
 Needs scikit-learn and no other data.
 """
@@ -123,24 +123,34 @@ class Bench:
         for start in range(0, len(images), _BATCH):
             yield {"x": images[start : start + _BATCH]}
 
-    def accuracy(self, setting: Setting, split: Split) -> float:
+    def planned(self, max_drop: float) -> Path:
+        """What the planner makes of it, aiming at the download; the validation images are its metric."""
+        output = self.folder / "planned" / "model.onnx"
+        output.parent.mkdir()
+        optimize(
+            self.source,
+            target="download",
+            budget=Budget(max_drop=max_drop),
+            metric=lambda path: self.accuracy(Path(path), digits()["validation"]),
+            calibration=list(self._feeds()),
+            timing=False,
+            output=output,
+        )
+        return output
+
+    def accuracy(self, model: Path, split: Split) -> float:
         """Share of images that are read rightly."""
-        (logits,) = session(self.path(setting)).run(None, {"x": split.images.reshape(self.shape)})
+        (logits,) = session(model).run(None, {"x": split.images.reshape(self.shape)})
         return float(np.mean(logits.argmax(1) == split.labels))
 
-    def bytes(self, setting: Setting) -> int:
-        """As downloaded."""
-        return size_of(self.path(setting).parent, _LEVELS[-1])[1]
-
-    def stage(self, name: str, setting: Setting) -> Stage:
+    def stage(self, name: str, setting: str, model: Path) -> Stage:
         """All there is to say of one file."""
-        sizes = {level: size_of(self.path(setting).parent, level) for level in _LEVELS}
-        raw, before = sizes[3][0], self.source.stat().st_size
+        sizes = {level: size_of(model.parent, level) for level in _LEVELS}
+        raw, before = sizes[_LEVELS[0]][0], self.source.stat().st_size
         known = digits()
         return Stage(
-            self.net, name, str(setting), self.accuracy(setting, known["validation"]),
-            self.accuracy(setting, known["test"]), raw, {level: packed for level, (_, packed) in sizes.items()},
-            before / raw, before / sizes[_LEVELS[-1]][1],
+            self.net, name, setting, self.accuracy(model, known["validation"]), self.accuracy(model, known["test"]),
+            raw, {level: packed for level, (_, packed) in sizes.items()}, before / raw, before / sizes[_LEVELS[-1]][1],
         )  # fmt: skip
 
 
@@ -155,13 +165,14 @@ class Search:
     def __init__(self, bench: Bench, least: float) -> None:
         self._bench, self._least = bench, least
         self.best = Setting()
-        self._bytes = bench.bytes(self.best)
+        self._bytes = _download(bench.source)
 
     def climb(self, settings: Iterator[Setting]) -> None:
         """Ever stronger ones, until two in a row lose too much; accuracy does not fall evenly."""
         failed = 0
         for setting in settings:
-            accuracy, size = self._bench.accuracy(setting, digits()["validation"]), self._bench.bytes(setting)
+            model = self._bench.path(setting)
+            accuracy, size = self._bench.accuracy(model, digits()["validation"]), _download(model)
             note(f"{self._bench.net}: {setting}: {accuracy:.2%}, {size} bytes compressed")
             if accuracy < self._least:
                 failed += 1
@@ -169,6 +180,11 @@ class Search:
                 self.best, self._bytes = setting, size
             if failed == 2:
                 return
+
+
+def _download(model: Path) -> int:
+    """Compressed bytes."""
+    return size_of(model.parent, _LEVELS[-1])[1]
 
 
 def paper(search: Search, ops: Sequence[str], ladder: Sequence[float], bits: Sequence[float]) -> Setting:
@@ -200,18 +216,18 @@ def run_net(net: str) -> Callable[..., tuple[str, list[Verdict]]]:
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as temporary:
             bench = Bench(net, Path(temporary), arguments.options, arguments.seed)
-            base = bench.accuracy(Setting(), digits()["validation"])
+            base = bench.accuracy(bench.source, digits()["validation"])
             taken = time.perf_counter() - start
             search = Search(bench, base - arguments.max_drop)
             found = paper(search, bench.ops, arguments.ladder, arguments.bits)
             further = beyond(search, bench.ops, arguments.ladder, arguments.removed)
-            stages = [
-                bench.stage("fp32", Setting()),
-                bench.stage("pruned", replace(found, bits=0)),
-                bench.stage("shared", replace(found, sparsity=())),
-                bench.stage("both", found),
-                *([bench.stage("neurons, too", further)] if further != found else []),
-            ]
+            settings = {"fp32": Setting(), "pruned": replace(found, bits=0), "shared": replace(found, sparsity=())}
+            settings["both"] = found
+            if further != found:
+                settings["neurons, too"] = further
+            stages = [bench.stage(name, str(setting), bench.path(setting)) for name, setting in settings.items()]
+            planned = bench.planned(arguments.max_drop)
+            stages.append(bench.stage("planned", "target download", planned))
         seconds = time.perf_counter() - start - taken
         result[net] = {"stages": [asdict(s) for s in stages], "training": taken, "seconds": seconds}
         save()
@@ -264,9 +280,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default=",".join(NETS), dest="parts", help="comma list of: " + ", ".join(NETS))
     add("--ladder", default="0.5,0.6,0.65,0.7,0.75,0.8,0.85,0.875,0.9,0.925,0.95", help="shares of zeros to try")
-    add("--bits", default="6,5,4,3", help="bits of shared weights to try")
+    add("--bits", default="6,5,4,3,2", help="bits of shared weights to try")
     add("--max-drop", type=float, default=0.006, help="validation accuracy that may be lost; one image is 0.0028")
-    add("--removed", default="0.3,0.5,0.7", help="shares of neurons and channels to remove before, for the last stage")
+    add("--removed", default="0.3,0.4,0.5,0.6,0.7,0.8", help="shares of neurons and channels to remove before")
     add("--options", default="", help="more options of share_weights, as block=64")
     add("--seed", type=int, default=0, help="of the training")
     add("--json", type=Path, help="write everything measured here")
