@@ -157,7 +157,7 @@ class Search:
                 if limit is math.inf:
                     plan = self._priced(plan, checked)
                     if self.impossible.keys() & _terms(plan):
-                        plan = self._solve(None)
+                        plan = self._solve(math.inf)  # what it turns to may be impossible, too: told before it is built
                         continue
                 out_of_reach = max(out_of_reach, self._value(plan))
                 fails = min(limit, plan.price)

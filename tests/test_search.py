@@ -244,6 +244,16 @@ def test_what_cannot_be_measured_is_out() -> None:
     assert search.impossible == {Term("t", "n1 strong"): "no switch for it", Term("t", "n1 weak"): "no switch for it"}
 
 
+def test_no_plan_is_built_to_learn_that_it_is_impossible_too() -> None:
+    """Attempts are few, and a ladder may have more rungs than that."""
+    gone = {f"n{i} {name}": "no switch for it" for i in (1, 2, 3) for name in ("weak", "strong")}
+    world = World([0.004, 0.2, 0.2, 0.2], impossible=gone, saves=[3.0, 2.0, 2.0, 2.0])
+    search = world.search()
+    found = search.run()
+    assert made(found) == {"n0": "strong"}
+    assert [len(m) for m in world.checked] == [4, 1]
+
+
 @pytest.mark.parametrize("price", [math.inf, math.nan])
 def test_noise_on_silence_is_out_and_the_rest_goes_on(price: float) -> None:
     """An output of zeros has no signal: the price is infinite. Without that choice all the others fit."""
