@@ -13,6 +13,7 @@ its original; :mod:`~onnxcompress.packing` has how.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shutil
 import tempfile
@@ -98,6 +99,7 @@ def multiplex(
     inputs: list[tuple[Path, ...]] = []
     for path in paths:  # what is wrong with the last should not come up after an hour on the first
         inputs.append(models.source_files(models.load(path)))
+        gc.collect()  # a graph is one large cycle of references, and its weights would wait with it
     target = _check_output(Path(output), {f for files in inputs for f in files}, [*names, WEIGHTS])
     with _staged(target) as folder:
         work = Packer(folder, near, DEFAULT_MIN_SQNR_DB if min_sqnr is None else min_sqnr)
@@ -107,6 +109,7 @@ def multiplex(
                 tell(path.name, len(made), len(paths))
                 data = Data(given.get(path.name), how.get(path.name), samples, seed)
                 made.append(replace(work.add(path, data), before=file_size(*files)))
+                gc.collect()
             made = [replace(m, shared_bytes=work.shared(m.name)) for m in made]
         finally:
             work.close()
