@@ -25,7 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "errors guest likeness fitting.machine",
         "model report statistics images feeds findings",
         "view session sizes ranges origins synthetic profile_text pieces moments notes",
-        "rewrite smooth data work target external coupling.axes",
+        "rewrite smooth data work target external loading coupling.axes",
         "sketch",
         "coupling.groups coupling.statements",
         "coupling.coupler",
