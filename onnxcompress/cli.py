@@ -15,7 +15,7 @@ import click
 from rich.console import Group
 from rich.text import Text
 
-from onnxcompress import cli_multiplex, cli_profile, render, render_validation, shell, tables
+from onnxcompress import cli_multiplex, cli_profile, render, render_load, render_validation, shell, tables
 from onnxcompress.errors import OnnxCompressError, OutputError, UsageError, suggest
 from onnxcompress.shell import Answer, command, warn
 
@@ -320,15 +320,22 @@ def groups(
 @click.argument("second", type=_MODEL, metavar="B")
 @_calibration
 @_preprocess
-def compare(first: Path, second: Path, calibration: str | None, preprocess: str | None, verbose: bool) -> Answer:
+@click.option("--load", is_flag=True, help="Also measure what loading takes: time, and memory afterwards and at most.")
+def compare(
+    first: Path, second: Path, calibration: str | None, preprocess: str | None, load: bool, verbose: bool
+) -> Answer:
     """Run two models on the same inputs: outputs, sizes, latency."""
-    from onnxcompress import inspection
+    from onnxcompress import inspection, loading
 
     if calibration is None:
         warn("no --calibration data: the models are compared on made-up inputs")
     outputs, latency, sizes = inspection.compare(first, second, calibration=calibration, preprocess=preprocess)
     document = {"comparison": outputs, "latency": latency, "sizes": {"first": sizes[0], "second": sizes[1]}}
-    return Answer(document, render.comparison(outputs, latency, sizes))
+    text = render.comparison(outputs, latency, sizes)
+    if load:
+        loaded = loading.measure_load(first, second)
+        return Answer({**document, "load": loaded}, Group(text, render_load.load(loaded)))
+    return Answer(document, text)
 
 
 @command(

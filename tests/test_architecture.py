@@ -63,7 +63,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "onnxcompress testing",
         "tables",
         "render_profile",
-        "render render_explain render_fit render_groups render_multiplex shell",
+        "render render_explain render_fit render_groups render_load render_multiplex shell",
         "render_validation",
         "cli_profile cli_multiplex",
         "cli",

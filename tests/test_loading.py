@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from models import normal, text
 
+from onnxcompress.cli import main
 from onnxcompress.errors import ModelReadError
 from onnxcompress.loading import measure_load
 from onnxcompress.model import save
@@ -31,3 +32,9 @@ def test_time_and_memory_are_measured(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelReadError, match=r"no\.onnx"):
         measure_load(tmp_path / "no.onnx", tmp_path / "no.onnx")
+
+
+def test_compare_shows_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(text(BODY, {"w": normal(0, 512, 512)}), tmp_path / "m.onnx")
+    assert main(["compare", str(tmp_path / "m.onnx"), str(tmp_path / "m.onnx"), "--load"]) == 0
+    assert "load" in capsys.readouterr().out
