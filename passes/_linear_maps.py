@@ -22,7 +22,7 @@ import onnx_ir as ir
 from onnxcompress.statistics import Evidence, Need, Patches, Statistic
 from onnxcompress.view import GraphView
 
-__all__ = ["LinearMap", "Moments", "linear_maps", "windows_of"]
+__all__ = ["LinearMap", "Moments", "linear_map", "linear_maps", "windows_of"]
 
 Array = npt.NDArray[np.float64]
 
@@ -72,20 +72,21 @@ class LinearMap:
     @property
     def width(self) -> int:
         """Channels a row reads at one tap."""
-        return self._permuted[-1]
+        return self.permuted[-1]
 
     @property
     def inputs(self) -> int:
         """Values each output reads, taps included."""
-        return self._permuted[2] * self._permuted[3]
+        return self.permuted[2] * self.permuted[3]
 
     @property
     def outputs(self) -> int:
         """Outputs of all groups."""
-        return self._permuted[0] * self._permuted[1]
+        return self.permuted[0] * self.permuted[1]
 
     @property
-    def _permuted(self) -> tuple[int, ...]:
+    def permuted(self) -> tuple[int, ...]:
+        """How many groups, outputs, taps and channels."""
         return tuple(self.split[i] for i in self.order)
 
     def maps(self, weight: npt.NDArray[np.float32]) -> Array:
@@ -96,17 +97,22 @@ class LinearMap:
             return permuted.reshape(groups, outputs, taps * channels)
         return permuted.reshape(groups, outputs * taps, channels)
 
+    @property
+    def back(self) -> tuple[int, ...]:
+        """Permutation of (groups, outputs, taps, channels) to the axes of ``split``."""
+        return tuple(int(i) for i in np.argsort(self.order))
+
     def weight(self, maps: Array) -> npt.NDArray[np.float32]:
         """The weight of these maps, in its own shape."""
-        back = np.argsort(self.order)
-        return np.ascontiguousarray(maps.reshape(self._permuted).transpose(back).reshape(self.shape), np.float32)
+        permuted = maps.reshape(self.permuted).transpose(self.back)
+        return np.ascontiguousarray(permuted.reshape(self.shape), np.float32)
 
     def moments(self, evidence: Evidence) -> tuple[Moments, ...] | None:
         """Second moments of what each group reads; None where they were not observed."""
         if self.gram is None or evidence.synthetic or not evidence.has(self.gram):
             return None
         found = evidence.second_moments(self.gram)
-        groups, _, taps, channels = self._permuted
+        groups, _, taps, channels = self.permuted
         n = channels * (taps if self.rows == 1 else 1)
         if self.together and found.mean.size == n:
             return (Moments(found.matrix, found.mean),) * groups
@@ -125,7 +131,7 @@ class LinearMap:
         if self.power is None or evidence.synthetic or not evidence.has(self.power):
             return None
         found = evidence.channels(self.power.value, self.power.axis).mean_square
-        groups, _, taps, channels = self._permuted
+        groups, _, taps, channels = self.permuted
         if found.size not in (channels, groups * channels):
             return None
         by_group = found.reshape(-1, 1, channels)
@@ -142,6 +148,16 @@ def linear_maps(node: ir.Node, view: GraphView) -> Iterator[LinearMap]:
         shape = tuple(int(d) for d in tensor.shape if isinstance(d, int))
         if len(shape) >= 2 and all(shape):
             yield _MAKERS[node.op_type](node, index, shape, view)
+
+
+def linear_map(node: ir.Node, index: int, shape: tuple[int, ...], view: GraphView) -> LinearMap | None:
+    """The map at an input of a node, whatever stands there; None if the node multiplies nothing by it."""
+    if node.op_type not in _MAKERS or len(shape) < 2 or not all(shape):
+        return None
+    recurrent = node.op_type in ("LSTM", "GRU")
+    if index != 1 and not (recurrent and index == 2):
+        return None
+    return _MAKERS[node.op_type](node, index, shape, view)
 
 
 def _read(value: ir.Value | None, node: ir.Node, view: GraphView) -> str:

@@ -85,6 +85,7 @@ FOR_PASSES = frozenset(
         "target",
         "errors",
         "likeness",
+        "sizes",
         "notes",
         "passes",
     }
