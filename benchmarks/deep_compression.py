@@ -281,7 +281,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", default=",".join(NETS), dest="parts", help="comma list of: " + ", ".join(NETS))
     add("--ladder", default="0.5,0.6,0.65,0.7,0.75,0.8,0.85,0.875,0.9,0.925,0.95", help="shares of zeros to try")
     add("--bits", default="6,5,4,3,2", help="bits of shared weights to try")
-    add("--max-drop", type=float, default=0.006, help="validation accuracy that may be lost; one image is 0.0028")
+    add("--max-drop", type=float, default=0.005, help="validation accuracy that may be lost; one image is 0.0022")
     add("--removed", default="0.3,0.4,0.5,0.6,0.7,0.8", help="shares of neurons and channels to remove before")
     add("--options", default="", help="more options of share_weights, as block=64")
     add("--seed", type=int, default=0, help="of the training")

@@ -40,15 +40,15 @@ class Split:
 
 @cache
 def digits(seed: int = 0) -> dict[str, Split]:
-    """``train`` (1,077), ``validation`` and ``test`` (360 each), the classes in proportion."""
+    """``train`` (897), ``validation`` and ``test`` (450 each), the classes in proportion."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).astype(np.float32)
-    first, test_x, first_y, test_y = train_test_split(images, labels, test_size=360, random_state=seed, stratify=labels)
+    first, test_x, first_y, test_y = train_test_split(images, labels, test_size=450, random_state=seed, stratify=labels)
     train_x, check_x, train_y, check_y = train_test_split(
-        first, first_y, test_size=360, random_state=seed, stratify=first_y
+        first, first_y, test_size=450, random_state=seed, stratify=first_y
     )
     return {
         "train": Split(train_x, train_y),
