@@ -26,7 +26,7 @@ def ort_static(model: Path, output: Path, feeds: Feeds, profile: str) -> str:
             return next(self.rest, None)
 
     with tempfile.TemporaryDirectory() as folder:
-        prepared, remark = _prepare(model, Path(folder))
+        prepared, remark = prepare(model, Path(folder))
 
         def quantize(per_channel: bool) -> None:
             quantize_static(
@@ -59,12 +59,12 @@ def ort_dynamic(model: Path, output: Path, feeds: Feeds, profile: str) -> str:
 def ort_dynamic_prepared(model: Path, output: Path, feeds: Feeds, profile: str) -> str:
     """Dynamic, by onnxruntime, pre-processed as it advises; better on some models, worse on others."""
     with tempfile.TemporaryDirectory() as folder:
-        prepared, remark = _prepare(model, Path(folder))
+        prepared, remark = prepare(model, Path(folder))
         ort_dynamic(prepared, output, feeds, profile)
     return remark
 
 
-def _prepare(model: Path, folder: Path) -> tuple[Path, str]:
+def prepare(model: Path, folder: Path) -> tuple[Path, str]:
     """Opset 13 or later (per-channel needs it), then onnxruntime's own preparation."""
     import onnx
     from onnxruntime.quantization.shape_inference import quant_pre_process
