@@ -27,9 +27,10 @@ from onnxcompress.errors import DataError, ModelRunError
 from onnxcompress.evaluate import measure
 from onnxcompress.footprint import Footprints
 from onnxcompress.judge import DEFAULT_MIN_SQNR_DB, Judge, Metric
+from onnxcompress.loading import measure_load
 from onnxcompress.objective import DEFAULT, Objective, Spent
 from onnxcompress.profile import Profile
-from onnxcompress.report import Attempt, Budget, Latency, OnDevice, PassReport, Report, SiteReport, Totals
+from onnxcompress.report import Attempt, Budget, Latency, Load, OnDevice, PassReport, Report, SiteReport, Totals
 from onnxcompress.sizes import file_size, model_size
 from onnxcompress.statistics import Evidence
 from onnxcompress.suitability import on_device, remarks, stranded
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 _HOLDOUT_LIMIT = 16
 _TIMING_SECONDS = 0.25
+_LOADING_SECONDS = 2.0
 _FILE_ALLOWANCE_DB = 1.0
 IN_MEMORY = "model in memory"
 _SLOWER = 0.97
@@ -245,6 +247,7 @@ class Job:
             self.judge.score(self.result),
             memory_bytes=(spent.memory_bytes or 0, then.memory_bytes or 0),
             energy_mj=None if spent.joules is None or then.joules is None else (1e3 * spent.joules, 1e3 * then.joules),
+            load=self._load(origin, files),
         )
         changed = sum(s.decision != KEEP for s in self.sites)
         outcome = "the input model is kept" if self.result is self.original else "the model is normalised only"
@@ -266,6 +269,14 @@ class Job:
             on_device=device,
             target=dict(self.objective.weights),
         )
+
+    def _load(self, origin: Sequence[Path], files: Sequence[Path]) -> Load | None:
+        """What loading takes, where weights are stored in another form for it to unpack."""
+        if not self.timing or not any(r.changed and self._stages[r.name] is Stage.STORE for r in self.rewrites):
+            return None
+        self.progress("timing", 0, None)
+        first, second = origin[0] if origin else self.original, files[0] if files else self.result
+        return measure_load(first, second, seconds=_LOADING_SECONDS)
 
     def _spent(self, model: ir.Model) -> Spent:
         """What a model takes as it was built; the plan only knew what it would be, conversions and layouts aside."""

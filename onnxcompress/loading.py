@@ -8,12 +8,12 @@ Memory is that of a process of its own, which imports onnxruntime and loads: the
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
@@ -21,9 +21,10 @@ import onnx_ir as ir
 
 from onnxcompress import model as models
 from onnxcompress.errors import ModelRunError
+from onnxcompress.report import Load
 from onnxcompress.session import Runner
 
-__all__ = ["Load", "measure_load"]
+__all__ = ["measure_load"]
 
 _PROBE = """
 import json, sys
@@ -47,27 +48,20 @@ print(json.dumps([after["VmRSS"] - before["VmRSS"], after["VmHWM"] - before["VmR
 """
 
 
-@dataclass(frozen=True)
-class Load:
-    """Two models while they are loaded; pairs are before and after. Bytes are None where the system does not tell.
-
-    Attributes:
-        ms: median milliseconds to make a session.
-        resident_bytes: more in memory after the load.
-        peak_bytes: more in memory at most, during the load.
-        rounds: how often each was timed.
-    """
-
-    ms: tuple[float, float]
-    resident_bytes: tuple[int, int] | None
-    peak_bytes: tuple[int, int] | None
-    rounds: int
-
-
 def measure_load(
-    before: ir.Model | str | PathLike[str], after: ir.Model | str | PathLike[str], *, rounds: int = 5
+    before: ir.Model | str | PathLike[str],
+    after: ir.Model | str | PathLike[str],
+    *,
+    rounds: int = 5,
+    seconds: float = math.inf,
 ) -> Load:
     """Loads two models in turns.
+
+    Args:
+        before: a file, or a model.
+        after: the other.
+        rounds: how often each is timed.
+        seconds: after this long no further round is begun; there is always one.
 
     Raises:
         ModelRunError: onnxruntime cannot load one of them.
@@ -78,7 +72,10 @@ def measure_load(
             for m in (before, after)
         )
         times: dict[int, list[float]] = {0: [], 1: []}
+        begun = time.perf_counter()
         for number in range(rounds + 1):
+            if number > 1 and time.perf_counter() - begun >= seconds:
+                break
             for index, path in ((0, first), (1, second)) if number % 2 else ((1, second), (0, first)):
                 start = time.perf_counter()
                 runner = Runner(path, threads=1)
@@ -87,9 +84,9 @@ def measure_load(
                 del runner
         ms = (1e3 * statistics.median(times[0]), 1e3 * statistics.median(times[1]))
         if not Path("/proc/self/status").is_file():
-            return Load(ms, None, None, rounds)
+            return Load(ms, None, None, len(times[0]))
         a, b = _memory(first), _memory(second)
-        return Load(ms, (a[0], b[0]), (a[1], b[1]), rounds)
+        return Load(ms, (a[0], b[0]), (a[1], b[1]), len(times[0]))
 
 
 def _memory(path: Path) -> tuple[int, int]:

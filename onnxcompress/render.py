@@ -16,6 +16,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from onnxcompress import render_load
 from onnxcompress.render_profile import profile, profiles
 from onnxcompress.report import Attempt, Comparison, Latency, PassReport, Report, SiteReport
 from onnxcompress.tables import amount, columns, decibel, milliseconds, plural, ratio, section, size, some, used_columns
@@ -100,6 +101,8 @@ def _totals(what: Report) -> Table:
         rows.append(("energy, predicted", f"{before:.3g} mJ", f"{after:.3g} mJ", ratio(before, after, "less", "more")))
     if t.latency is not None:
         rows.append(_latency_row(t.latency))
+    if t.load is not None:
+        rows += render_load.rows(t.load, peak=False)
     rows.append(("worst output", "", decibel(t.comparison.min_sqnr_db), _worst(t.comparison, what.budget.min_sqnr_db)))
     if t.metric_before is not None and t.metric_after is not None:
         drop = (t.metric_after - t.metric_before) / abs(t.metric_before) if t.metric_before else 0.0

@@ -15,6 +15,7 @@ __all__ = [
     "Budget",
     "Comparison",
     "Latency",
+    "Load",
     "OnDevice",
     "OutputDifference",
     "PassReport",
@@ -90,6 +91,23 @@ class Latency:
     speed_up: float
     rounds: int
     threads: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """Two models while they are loaded; pairs are before and after. Bytes are None where the system does not tell.
+
+    Attributes:
+        ms: median milliseconds to make a session.
+        resident_bytes: more in memory after the load.
+        peak_bytes: more in memory at most, during the load.
+        rounds: how often each was timed.
+    """
+
+    ms: tuple[float, float]
+    resident_bytes: tuple[int, int] | None
+    peak_bytes: tuple[int, int] | None
+    rounds: int
 
 
 @dataclass(frozen=True)
@@ -197,6 +215,7 @@ class Totals:
         memory_bytes: predicted, as ``predicted_ms``: weights in memory while the model runs, those unpacked at load as
             they then are, and the most bytes of activations alive at once.
         energy_mj: predicted millijoules of a run; None if the profile does not know.
+        load: what loading takes, measured here; None where nothing is unpacked at load, and as for ``latency``.
     """
 
     file_bytes: tuple[int, int]
@@ -208,6 +227,7 @@ class Totals:
     metric_after: float | None = None
     memory_bytes: tuple[int, int] | None = None
     energy_mj: tuple[float, float] | None = None
+    load: Load | None = None
 
 
 @dataclass(frozen=True)
