@@ -250,7 +250,7 @@ def packed(
     powers = entries ** np.arange(many - 1, -1, -1)
     table = codebook[np.arange(entries**many)[:, None] // powers % entries]
     palette = Palette((((digits @ powers).astype(np.uint8), 0),), table, scales, layout)
-    if bits in (2, 4) and table.nbytes > len(flat) // 16:
+    if bits in (1, 2, 4) and table.nbytes > len(flat) // 16:
         return Palette(_planes(flat, (bits,)), codebook[:, None], scales, layout)
     return palette
 
