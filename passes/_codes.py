@@ -6,6 +6,7 @@ once, which loads faster than unpacking uint4 does, and in any opset.
 
     table    Gather(table [<=256, d], bytes)          d weights a byte: 2 of 16 values each, 5 of 3, or learned vectors
     planes   Gather(codebook, sum of Gather(digits, bytes))     3, 5, 6 bits: as 2 + 1, 4 + 1, 4 + 2
+    sparse   a mask, and a palette of what is not zero          (:mod:`~onnxcompress.passes._sparse_code`)
     scaled   Cast(int8) * scale
     half     Cast(float16)
 
@@ -27,7 +28,7 @@ import onnx_ir as ir
 from onnxcompress.errors import PassError
 from onnxcompress.rewrite import Rewriter
 
-__all__ = ["Code", "Half", "Layout", "Palette", "Scaled", "packed"]
+__all__ = ["Chain", "Code", "Half", "Layout", "Palette", "Scaled", "packed"]
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -118,7 +119,7 @@ class Half(Code):
         return 1
 
     def write(self, name: str, like: ir.Node, rewriter: Rewriter) -> ir.Value:
-        chain = _Chain(name, like, rewriter)
+        chain = Chain(name, like, rewriter)
         return chain.add("Cast", [chain.constant(self.array, "half")], to=int(ir.DataType.FLOAT))
 
 
@@ -143,7 +144,7 @@ class Scaled(Code):
         return 2
 
     def write(self, name: str, like: ir.Node, rewriter: Rewriter) -> ir.Value:
-        chain = _Chain(name, like, rewriter)
+        chain = Chain(name, like, rewriter)
         stored = chain.constant(self.integers.reshape(self.layout.stored), "int8")
         floats = chain.add("Cast", [stored], to=int(ir.DataType.FLOAT))
         made = chain.add("Mul", [floats, chain.constant(self.scales, "scale")])
@@ -193,7 +194,7 @@ class Palette(Code):
         return unpacking + 2 + (2 if self.scales is not None else 0) + (2 if self.layout.order else 0)
 
     def write(self, name: str, like: ir.Node, rewriter: Rewriter) -> ir.Value:
-        chain = _Chain(name, like, rewriter)
+        chain = Chain(name, like, rewriter)
         dtype = ir.DataType.FLOAT if self.table.dtype == np.float32 else ir.DataType.INT8
         index: ir.Value | None = None
         shift = sum(bits for _, bits in self.planes)
@@ -213,14 +214,7 @@ class Palette(Code):
             index = digits if index is None else chain.add("Add", [index, digits], type=ir.DataType.INT32)
         table = self.table if not total else self.table.ravel()
         made = chain.add("Gather", [chain.constant(table, "codebook"), index], type=dtype)
-        if padded != self._size:
-            made = chain.add("Reshape", [made, chain.sizes(-1)], type=dtype)
-            made = chain.add("Slice", [made, chain.sizes(0), chain.sizes(self._size)], type=dtype)
-        made = chain.add("Reshape", [made, chain.sizes(*self.layout.stored)], type=dtype)
-        if self.scales is not None:
-            scales = chain.add("Cast", [chain.constant(self.scales, "scale")], to=int(ir.DataType.FLOAT))
-            made = chain.add("Mul", [made, scales])
-        return chain.laid_out(made, self.layout, dtype)
+        return chain.finished(made, padded, self.scales, self.layout, dtype)
 
 
 def packed(
@@ -276,7 +270,7 @@ def _digits(bits: int) -> Bytes:
     return ((np.arange(256)[:, None] >> shifts) & ((1 << bits) - 1)).astype(np.uint8)
 
 
-class _Chain:
+class Chain:
     """Constant nodes one after the other, at the start of a graph."""
 
     def __init__(self, name: str, like: ir.Node, rewriter: Rewriter) -> None:
@@ -297,9 +291,12 @@ class _Chain:
 
     def sizes(self, *numbers: int) -> ir.Value:
         """A vector of integers; one for all that want the same."""
-        name = f"onnxcompress_sizes_{'_'.join(map(str, numbers))}"
-        known = self._rewriter.find(name) if self._shared else None
-        return known or self._rewriter.constant(np.array(numbers, np.int64), name, like=self._first)
+        return self.known(np.array(numbers, np.int64), f"onnxcompress_sizes_{'_'.join(map(str, numbers))}")
+
+    def known(self, array: npt.NDArray[np.generic], name: str) -> ir.Value:
+        """A constant; one for all that ask for this name."""
+        found = self._rewriter.find(name) if self._shared else None
+        return found or self._rewriter.constant(array, name, like=self._first)
 
     def digits(self, bits: int, shift: int) -> ir.Value:
         """The table of digits, each times 2^shift; one for all that want the same."""
@@ -314,6 +311,33 @@ class _Chain:
         if self._shared:
             self._rewriter.rename(made, name)
         return made
+
+    def finished(
+        self,
+        value: ir.Value,
+        length: int,
+        scales: npt.NDArray[np.float16] | None,
+        layout: Layout,
+        dtype: ir.DataType,
+    ) -> ir.Value:
+        """Cuts what fills up the last byte, scales what is left, and lays it out.
+
+        Args:
+            value: the weights as they are stored, of any shape.
+            length: how many there are.
+            scales: broadcasts to ``layout.stored``, or None.
+            layout: from there to the tensor.
+            dtype: of the weights.
+        """
+        size = math.prod(layout.stored)
+        if length != size:
+            value = self.add("Reshape", [value, self.sizes(-1)], type=dtype)
+            value = self.add("Slice", [value, self.sizes(0), self.sizes(size)], type=dtype)
+        value = self.add("Reshape", [value, self.sizes(*layout.stored)], type=dtype)
+        if scales is not None:
+            floats = self.add("Cast", [self.constant(scales, "scale")], to=int(ir.DataType.FLOAT))
+            value = self.add("Mul", [value, floats])
+        return self.laid_out(value, layout, dtype)
 
     def laid_out(self, value: ir.Value, layout: Layout, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
         if layout.order:

@@ -24,6 +24,7 @@ from onnxcompress.passes._codebook import nearest, scalar_codebook, vector_codeb
 from onnxcompress.passes._codes import Code, Half, Layout, Scaled, packed
 from onnxcompress.passes._feedback import lost, rounded
 from onnxcompress.passes._linear_maps import LinearMap, Moments
+from onnxcompress.passes._sparse_code import pays, smallest
 
 __all__ = ["Coding", "Fitted", "Subject", "coded", "estimated_bytes", "fits", "previews"]
 
@@ -299,7 +300,11 @@ class _Palette:
             self._full = self._scales.full
         self._moments = subject.moments
         self._grams = None if self._moments is None else [m.matrix for m in self._moments]
-        self._zeros = not subject.integers and float((maps == 0).mean()) > _MANY_ZEROS
+        share = float((maps == 0).mean())
+        self._zeros = coding.width == 1 and coding.entries > 2 and share > _MANY_ZEROS
+        self._zero = 0
+        # where a mask tells zeros apart, all indices are for other values
+        self._entries = coding.entries + int(self._zeros and pays(maps.size, share, coding.bits))
 
     @staticmethod
     def _halved(values: Array) -> Array:
@@ -321,11 +326,13 @@ class _Palette:
             vectors = values.reshape(-1, coding.width)
             book = vector_codebook(vectors, weights.reshape(-1, coding.width).mean(1), coding.entries)
         elif coding.uniform:
-            book = _even(values, weights, coding.entries)
+            book = _even(values, weights, self._entries)
         else:
-            book = scalar_codebook(values, weights, coding.entries, keep_zero=self._zeros)
+            book = scalar_codebook(values, weights, self._entries, keep_zero=self._zeros)
         if self._subject.integers:
             book = np.unique(np.rint(book), axis=0)
+        if self._zeros:
+            self._zero = int(np.searchsorted(book, 0.0))
         return book
 
     def _nearest(self, book: Array, values: Array) -> Indices:
@@ -334,8 +341,7 @@ class _Palette:
             return np.asarray(cKDTree(book).query(values.reshape(-1, self._coding.width))[1], np.int64)
         found = np.searchsorted(self._edges, values)
         if self._zeros:
-            zero = int(np.searchsorted(book, 0.0))
-            found = np.where(values == 0, zero, found)
+            found = np.where(values == 0, self._zero, found)
         return found
 
     # --- the whole way --------------------------------------------------------------------------------------
@@ -370,8 +376,6 @@ class _Palette:
     def _rounding(
         self, book: Array, full: Array, maps: Array | None, tree: cKDTree | None
     ) -> Callable[[Array, Indices], tuple[Indices, Array]]:
-        zero = int(np.searchsorted(book, 0.0)) if self._zeros else 0
-
         def one(weights: Array, features: Indices) -> tuple[Indices, Array]:
             scales = full[:, features]
             wanted = weights / scales
@@ -380,7 +384,7 @@ class _Palette:
                 return found, book[found] * scales
             found = np.searchsorted(self._edges, wanted)
             if maps is not None:
-                found = np.where(maps[:, features] == 0, zero, found)
+                found = np.where(maps[:, features] == 0, self._zero, found)
             return found, book[found] * scales
 
         return one
@@ -440,7 +444,7 @@ class _Palette:
         left += np.eye(len(book)) * 1e-9 * max(float(np.trace(left)) / len(book), 1e-300)
         found = np.asarray(np.linalg.solve(left, right), np.float64)
         if self._zeros:
-            found[np.searchsorted(book, 0.0)] = 0.0
+            found[self._zero] = 0.0
         return found if np.isfinite(found).all() else None
 
     def _code(self, indices: Indices, book: Array) -> Code:
@@ -457,7 +461,7 @@ class _Palette:
             scales = None if self._subject.integers else by_map.astype(np.float16)
             return packed(indices, table, scales, layout)
         permuted = indices.reshape(linear.permuted).transpose(linear.back)
-        return packed(np.ascontiguousarray(permuted), table, scales, layout)
+        return smallest(np.ascontiguousarray(permuted), table, scales, layout)
 
 
 def factors_of(scales: Array, shape: tuple[int, ...]) -> Array:
