@@ -308,7 +308,7 @@ class _Palette:
 
     @staticmethod
     def _halved(values: Array) -> Array:
-        return np.maximum(values.astype(np.float16).astype(np.float64), 2.0**-14)
+        return np.clip(values, 2.0**-14, 65504.0).astype(np.float16).astype(np.float64)  # what float16 can be
 
     # --- the codebook ---------------------------------------------------------------------------------------
 
