@@ -60,7 +60,8 @@ class Setting:
         gone = f"neurons -{self.removed:.0%}" if self.removed else ""
         zeros = " ".join(f"{op} {share:.1%}" for op, share in self.sparsity if share)
         return (
-            ", ".join(filter(None, (gone, zeros and f"zeros: {zeros}", self.bits and f"{self.bits:g} bits"))) or "fp32"
+            ", ".join(filter(None, (gone, zeros and f"zeros: {zeros}", f"{self.bits:g} bits" if self.bits else "")))
+            or "fp32"
         )
 
 

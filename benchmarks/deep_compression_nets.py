@@ -67,7 +67,7 @@ def _mlp(train: Split, seed: int) -> onnx.ModelProto:
     from sklearn.neural_network import MLPClassifier
 
     model = MLPClassifier((300, 100), alpha=0.1, max_iter=300, random_state=seed).fit(train.images, train.labels)
-    nodes, weights, last = [], {}, "x"
+    nodes, weights, last = [], dict[str, Any](), "x"
     for i, (weight, bias) in enumerate(zip(model.coefs_, model.intercepts_, strict=True), 1):
         weights |= {f"fc{i}.weight": weight, f"fc{i}.bias": bias}
         out = "logits" if i == len(model.coefs_) else f"fc{i}"
@@ -103,7 +103,7 @@ def _scatter(windows: Array, shape: tuple[int, ...]) -> Array:
     return out[:, :, pad : pad + h, pad : pad + w]
 
 
-def _pooled(x: Array) -> tuple[Array, Array]:
+def _pooled(x: Array) -> tuple[Array, Labels]:
     """Largest of 2 x 2, and where it was."""
     n, c, h, w = x.shape
     cells = x.reshape(n, c, h // 2, 2, w // 2, 2).transpose(0, 1, 2, 4, 3, 5).reshape(n, c, h // 2, w // 2, 4)
@@ -111,7 +111,7 @@ def _pooled(x: Array) -> tuple[Array, Array]:
     return np.take_along_axis(cells, best[..., None], -1)[..., 0], best
 
 
-def _unpooled(gradient: Array, best: Array) -> Array:
+def _unpooled(gradient: Array, best: Labels) -> Array:
     n, c, h, w = gradient.shape
     cells = np.zeros((n, c, h, w, 4), np.float32)
     np.put_along_axis(cells, best[..., None], gradient[..., None], -1)

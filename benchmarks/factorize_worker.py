@@ -66,7 +66,8 @@ def scale(task: str, samples: str, options: str) -> dict[str, Any]:
     """All layers of a model factored and written, to the current folder."""
 
     def touched(choice: Choice) -> int:
-        return 4 * int(choice.detail.form.old_weights)
+        cut: Any = choice.detail
+        return 4 * int(cut.form.old_weights)
 
     return applied(task, Path("factored.onnx"), int(samples), f"{Factorize.name}{{{options}}}", touched)
 

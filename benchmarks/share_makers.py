@@ -22,7 +22,7 @@ ONNXSIM, NBITS = "onnxsim k-means", "onnxruntime 4-bit"
 OURS = (SIZE, DOWNLOAD, MIXED, BY_HAND)
 
 PASS = "share_weights"
-MAX_DROP = 0.01
+MAX_DROP = 0.008
 NO_FLOOR = -1000.0
 BLOCK = 32
 """Weights that have a scale in onnxruntime's 4-bit form."""
