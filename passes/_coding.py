@@ -24,7 +24,7 @@ from onnxcompress.passes._codebook import nearest, scalar_codebook, vector_codeb
 from onnxcompress.passes._codes import Code, Half, Layout, Scaled, packed
 from onnxcompress.passes._feedback import lost, rounded
 from onnxcompress.passes._linear_maps import LinearMap, Moments
-from onnxcompress.passes._sparse_code import pays, smallest
+from onnxcompress.passes._sparse_code import MASK_NODES, pays, smallest
 
 __all__ = ["Coding", "Fitted", "Subject", "coded", "estimated_bytes", "fits", "previews"]
 
@@ -67,6 +67,10 @@ class Coding:
     def entries(self) -> int:
         """Of the codebook."""
         return round(2 ** (self.bits * self.width))
+
+    def keeps(self, zeros: float) -> bool:
+        """Whether zeros stay zero where they are this share; vectors and two values alone leave no room for that."""
+        return self.width == 1 and self.entries > 2 and zeros > _MANY_ZEROS
 
     def __str__(self) -> str:
         if self.bits == 16:
@@ -126,8 +130,15 @@ def blocks_of(linear: LinearMap, block: int) -> int:
     return math.gcd(channels, block) if block else channels
 
 
-def estimated_bytes(linear: LinearMap, coding: Coding, *, integers: bool = False) -> int:
-    """What a weight will take in the file."""
+def estimated_bytes(linear: LinearMap, coding: Coding, *, integers: bool = False, zeros: float = 0.0) -> int:
+    """What a weight will take in the file.
+
+    Args:
+        linear: the weight.
+        coding: how it is coded.
+        integers: it is int8.
+        zeros: share of its elements.
+    """
     size = math.prod(linear.shape)
     groups, outputs, _, channels = linear.permuted
     scales = groups * outputs * (channels // blocks_of(linear, coding.block))
@@ -137,7 +148,10 @@ def estimated_bytes(linear: LinearMap, coding: Coding, *, integers: bool = False
         return size + 4 * scales + 180
     item, many = (1, 0) if integers else (4, 2)
     entries = 256 * coding.width if coding.width > 1 else coding.entries
-    return math.ceil(size * coding.bits / 8) + item * entries + many * scales + 90 * 7
+    rest = item * entries + many * scales + 90 * 7
+    if coding.keeps(zeros) and pays(size, zeros, coding.bits):
+        return math.ceil(size * (1 + (1 - zeros) * coding.bits) / 8) + rest + MASK_NODES
+    return math.ceil(size * coding.bits / 8) + rest
 
 
 def fits(linear: LinearMap, coding: Coding) -> bool:
@@ -301,7 +315,7 @@ class _Palette:
         self._moments = subject.moments
         self._grams = None if self._moments is None else [m.matrix for m in self._moments]
         share = float((maps == 0).mean())
-        self._zeros = coding.width == 1 and coding.entries > 2 and share > _MANY_ZEROS
+        self._zeros = coding.keeps(share)
         self._zero = 0
         # where a mask tells zeros apart, all indices are for other values
         self._entries = coding.entries + int(self._zeros and pays(maps.size, share, coding.bits))

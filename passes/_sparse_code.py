@@ -19,12 +19,14 @@ import onnx_ir as ir
 from onnxcompress.passes._codes import Chain, Code, Layout, Palette, packed
 from onnxcompress.rewrite import Rewriter
 
-__all__ = ["Sparse", "pays", "smallest"]
+__all__ = ["MASK_NODES", "Sparse", "pays", "smallest"]
 
 _NODES = 7
 """More than a palette has."""
-_OVERHEAD = 1024
-"""Bytes that these nodes and the mask's digits take, and a little that it should pay beyond."""
+MASK_NODES = 90 * _NODES
+"""Bytes they take in a file."""
+_LEAST = MASK_NODES + 400
+"""Bytes that a mask has to save."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +87,7 @@ def pays(size: int, zeros: float, bits: float) -> bool:
         zeros: share of them.
         bits: of an index.
     """
-    return zeros < 1 and size * (zeros * bits - 1) / 8 > _OVERHEAD
+    return zeros < 1 and size * (zeros * bits - 1) / 8 > _LEAST
 
 
 def smallest(

@@ -35,6 +35,7 @@ class Weight:
         bytes: in the file.
         integers: it is int8.
         behind: name of what a DequantizeLinear makes of it; "" if there is none.
+        zeros: share of its elements that are zero.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Weight:
     bytes: int
     integers: bool = False
     behind: str = ""
+    zeros: float = 0.0
 
     def scale_of(self, value: ir.Value) -> npt.NDArray[np.float32]:
         """What int8 weights are multiplied with, broadcast to them; 1 where that is not known."""
@@ -119,7 +121,8 @@ def _weight(value: ir.Value, shape: tuple[int, ...], view: GraphView) -> Weight:
     linear = maps[0] if maps else LinearMap(0, shape, rows, (0, 1, 3, 2))
     names = tuple(dict.fromkeys(str(node.name) for node, _ in uses))
     size = math.prod(shape) * (1 if integers else 4)
-    return Weight(str(value.name), names, linear, size, integers, behind)
+    zeros = 0.0 if tensor is None else float(np.mean(tensor.numpy() == 0))
+    return Weight(str(value.name), names, linear, size, integers, behind, zeros)
 
 
 def _map(node: ir.Node, index: int, shape: tuple[int, ...], view: GraphView) -> LinearMap | None:

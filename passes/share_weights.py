@@ -183,7 +183,7 @@ class ShareWeights(Pass):
         found = [c for c in codings if self._problem(weight, c) is None]
         if not found:
             raise Skip(self._problem(weight, codings[-1]) or "no coding makes it smaller")
-        found.sort(key=lambda c: -estimated_bytes(weight.linear, c, integers=weight.integers))
+        found.sort(key=lambda c: -_size(weight, c))
         if not self.planned:
             return [self._choice(site, weight, coding) for coding in found]
         value = next(v for v in view.weights() if v.name == weight.name)
@@ -201,7 +201,7 @@ class ShareWeights(Pass):
             return "it is stored in 8 bits already"
         if not fits(weight.linear, coding):
             return f"rows of it cannot be cut into vectors of {coding.width}"
-        size = estimated_bytes(weight.linear, coding, integers=weight.integers)
+        size = _size(weight, coding)
         if size > (1 - _LEAST_SAVED) * weight.bytes:
             return (
                 f"{coding} would not make it smaller: {weight.bytes} bytes now, {size} with codebook, scales and nodes"
@@ -210,13 +210,13 @@ class ShareWeights(Pass):
 
     def _compressed(self, weight: Weight, coding: Coding, entropy: float) -> int:
         """Bytes in the compressed file: indices take their entropy."""
-        size = estimated_bytes(weight.linear, coding, integers=weight.integers)
+        size = estimated_bytes(weight.linear, coding, integers=weight.integers)  # as digits; zeros have their entropy
         return int(size - math.prod(weight.linear.shape) * (coding.bits - entropy) / 8)
 
     def _choice(
         self, site: Site, weight: Weight, coding: Coding, plain: float = 0.0, download: int | None = None
     ) -> Choice:
-        saved = weight.bytes - estimated_bytes(weight.linear, coding, integers=weight.integers)
+        saved = weight.bytes - _size(weight, coding)
         return Choice(
             site,
             str(coding),
@@ -288,6 +288,10 @@ def _detail(choice: Choice) -> tuple[Coding, Weight]:
         case (Coding() as coding, Weight() as weight):
             return coding, weight
     raise PassError(f"choice {choice.name!r} was not made by share_weights")
+
+
+def _size(weight: Weight, coding: Coding) -> int:
+    return estimated_bytes(weight.linear, coding, integers=weight.integers, zeros=weight.zeros)
 
 
 def _subject(value: ir.Value, weight: Weight, moments: tuple[Moments, ...] | None) -> Subject:

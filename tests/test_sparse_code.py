@@ -13,7 +13,7 @@ from models import Array, check, fused, made, normal, run, text
 
 from onnxcompress.model import serialize, weight_bytes
 from onnxcompress.passes._codes import Code, Layout, Palette, packed
-from onnxcompress.passes._coding import Coding, Subject, coded
+from onnxcompress.passes._coding import Coding, Subject, coded, estimated_bytes
 from onnxcompress.passes._linear_maps import LinearMap, Moments
 from onnxcompress.passes._sparse_code import Sparse, pays, smallest
 from onnxcompress.passes.prune_connections import PruneConnections
@@ -229,6 +229,19 @@ def test_behind_a_mask_the_codebook_has_all_its_entries_for_what_is_not_zero() -
     code = coded(subject(array, known=False), Coding(2)).code
     assert isinstance(code, Sparse)
     assert np.unique(code.values.decoded()).size == 4
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.5, 0.7, 0.95])
+@pytest.mark.parametrize("bits", [1.6, 2, 3, 4, 5, 6])
+def test_bytes_are_as_estimated(bits: float, share: float) -> None:
+    array = pruned(5, share, 256, 512)
+    asked = subject(array, known=False)
+    code = coded(asked, Coding(bits)).code
+    zeros = float((array == 0).mean())
+    expected = estimated_bytes(asked.linear, Coding(bits), zeros=zeros)
+    tables = 8192  # of digits a byte, that load faster
+    assert code.bytes - tables < expected < code.bytes * 1.15 + 300  # 1.6 bits: what is not zero takes one
+    assert expected <= estimated_bytes(asked.linear, Coding(bits))
 
 
 # --- the pass --------------------------------------------------------------------------------------
