@@ -4,6 +4,7 @@
 
 A block's scale is looked for: its largest weight, sign and all, is put on -d for some d around 2^(b-1); the rounded
 q that points closest to w, that is with the greatest <w, q>^2 / <q, q>, wins, and s = <w, q> / <q, q> is then the best.
+With scales fixed, :class:`Feedback` rounds to what the product loses least by (:mod:`~onnxcompress.passes._feedback`).
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import threadpool_limits
 
 from onnxcompress.base import Precision
+from onnxcompress.passes import _feedback
+from onnxcompress.statistics import SecondMoments
 
-__all__ = ["BITS", "BLOCKS", "Blocks", "Floats", "Form", "Rounded", "Rounding", "pack", "rounded"]
+__all__ = ["BITS", "BLOCKS", "Blocks", "Feedback", "Floats", "Form", "Rounded", "Rounding", "pack", "rounded"]
 
 BITS = (4, 8)
 BLOCKS = (16, 32, 64, 128, 256)
@@ -26,8 +30,13 @@ _PRECISION = {4: Precision.BLOCKED4, 8: Precision.BLOCKED8}
 _ENDS = {4: (7.0, 7.5, 8.0, 8.5, 9.0, 10.0, 11.0), 8: (127.0, 128.0)}
 """Where the largest weight of a block is put; beyond 2^(bits-1) it is clipped."""
 _PIECE = 2_000_000
+_ROWS = 8192
+"""Outputs rounded with feedback at a time: a head of 50,000 would take gigabytes."""
+_TRIED = 128
+"""Outputs by which it is seen whether feedback helps."""
 
 Floats = npt.NDArray[np.float32]
+Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, order=True)
@@ -99,6 +108,55 @@ def rounded(matrix: Floats, form: Form) -> Rounded:
         found, scales[part] = _best(rows.reshape(-1, count, form.block), form.bits)
         integers[part] = found.reshape(len(rows), -1)[:, :inputs]
     return Rounded(integers, scales)
+
+
+@dataclass(frozen=True, eq=False)
+class Feedback:
+    """Rounds column by column, in the scales of blocks, so that later columns make up for what earlier ones lose.
+
+    Fitted to few samples, weights lose little on these and more on all others. So some outputs are fitted to half of
+    the samples first: if on the other half they lose more than rounded to the nearest, that is what the matrix is.
+
+    Attributes:
+        moments: of what the product reads.
+    """
+
+    moments: SecondMoments
+
+    def __call__(self, matrix: Floats, form: Form) -> Rounded:
+        """The matrix, shape (outputs, inputs), in the scales that :func:`rounded` finds for it."""
+        plain = rounded(matrix, form)
+        if not self._helps(matrix, plain, form):
+            return plain
+        integers = np.empty_like(plain.integers)
+        for start in range(0, len(matrix), _ROWS):
+            part = slice(start, start + _ROWS)
+            integers[part], _ = _fed_back(matrix[part], plain.scales[part], self.moments.matrix, form)
+        return Rounded(integers, plain.scales)
+
+    def _helps(self, matrix: Floats, plain: Rounded, form: Form) -> bool:
+        if self.moments.halves is None:
+            return False
+        fit, look = self.moments.halves
+        some = slice(None, None, -(-len(matrix) // _TRIED))
+        weights, scales = matrix[some].astype(np.float64), plain.scales[some]
+        _, values = _fed_back(matrix[some], scales, fit.matrix, form)
+        steps = np.repeat(scales, form.block, axis=1)[:, : matrix.shape[1]]
+        nearest = np.multiply(plain.integers[some], steps, dtype=np.float64)
+        return _feedback.lost(weights, values, look.matrix) < _feedback.lost(weights, nearest, look.matrix)
+
+
+def _fed_back(matrix: Floats, scales: Floats, moments: Array, form: Form) -> tuple[_feedback.Indices, Array]:
+    """Integers, and the values they stand for."""
+    low, high = -(2 ** (form.bits - 1)), 2 ** (form.bits - 1) - 1
+
+    def nearest(weights: Array, features: _feedback.Indices) -> tuple[_feedback.Indices, Array]:
+        steps = scales[:, features // form.block].astype(np.float64)
+        found = np.clip(np.rint(weights / steps), low, high)
+        return found.astype(np.int64), found * steps
+
+    with threadpool_limits(1, "blas"):  # many small products, which threads only slow down
+        return _feedback.rounded(matrix.astype(np.float64), moments, nearest)
 
 
 def _best(blocks: Floats, bits: int) -> tuple[npt.NDArray[np.int8], Floats]:

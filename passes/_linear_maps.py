@@ -22,13 +22,13 @@ import onnx_ir as ir
 from onnxcompress.statistics import Evidence, Need, Patches, Statistic
 from onnxcompress.view import GraphView
 
-__all__ = ["LinearMap", "Moments", "linear_map", "linear_maps", "windows_of"]
+__all__ = ["MOST_FEATURES", "LinearMap", "Moments", "linear_map", "linear_maps", "windows_of"]
 
 Array = npt.NDArray[np.float64]
 
 _FEATURES = 2304
 """Features above which a convolution's windows are looked at channel by channel: the matrix grows with the square."""
-_MOST = 6144
+MOST_FEATURES = 6144
 """Features above which there are no second moments between features at all: 300 MB of them."""
 
 
@@ -169,7 +169,7 @@ def _read(value: ir.Value | None, node: ir.Node, view: GraphView) -> str:
 def _gram(
     name: str, features: int, axis: int = 1, axes: tuple[int, ...] = (), patches: Patches | None = None
 ) -> Need | None:
-    if not name or features > _MOST:
+    if not name or features > MOST_FEATURES:
         return None
     return Need(name, Statistic.GRAM, axis, axes, patches)
 

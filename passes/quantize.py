@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +64,8 @@ class Quantize(Pass):
         min_weights: tensors with fewer elements are not worth storing as int8, or in blocks.
         bits: of weights in blocks: 8, 4 or both.
         block: how many weights may share a scale: powers of two from 16 to 256. Weights of 8 bits take the largest.
+        feedback: weights of 4 bits in blocks are rounded one after the other, later ones to make up for what earlier
+            ones lose (GPTQ); needs calibration data.
         only: just these operator types; all by default.
     """
 
@@ -80,6 +82,7 @@ class Quantize(Pass):
     min_weights: int = 256
     bits: tuple[int, ...] = (8, 4)
     block: tuple[int, ...] = (32, 128)
+    feedback: bool = True
     only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -94,6 +97,11 @@ class Quantize(Pass):
             raise ValueError(f"bits must be some of {_words(_blocks.BITS)}, not {_words(self.bits)}")
         if not self.block or not set(self.block) <= set(_blocks.BLOCKS):
             raise ValueError(f"block must be some of {_words(_blocks.BLOCKS)}, not {_words(self.block)}")
+
+    @classmethod
+    def by_default(cls) -> Self:
+        """Without feedback: second moments take long, and samples that weights are fitted to flatter their prices."""
+        return cls(feedback=False)
 
     def gentler(self) -> Iterator[Quantize]:
         if not self.bias_correction:
@@ -148,6 +156,8 @@ class Quantize(Pass):
         node, last = view.node(choice.site.key), view.node(choice.site.nodes[-1])
         if choice.name == SMOOTH and node.inputs[0] is not None:
             yield Need(str(node.inputs[0].name), Statistic.CHANNELS, axis=-1)
+        if isinstance(choice.detail, _blocked.Blocking) and choice.detail.gram is not None:
+            yield choice.detail.gram
         if choice.name != STATIC:
             return
         for name in _qdq.range_owners(node, last, view):
@@ -230,7 +240,8 @@ class Quantize(Pass):
         for form in self._forms():
             problem = _blocked.obstacle(node, target, form)
             if problem is None and enough:
-                yield _blocked.choice(site, node, view, form, self._options(target).weights)
+                table = self._options(target).weights
+                yield _blocked.choice(site, node, view, form, table, feedback=self.feedback)
             else:
                 problems.append(problem or f"it has fewer than {self.min_weights} weights")
         if self.modes == (BLOCKED,) and len(problems) == len(self._forms()):
@@ -256,7 +267,7 @@ class Quantize(Pass):
         node = rewriter.node(choice.site.key)
         options = choice.detail
         if isinstance(options, _blocked.Blocking):
-            _blocked.apply(node, rewriter, options)
+            _blocked.apply(node, rewriter, options, _blocked.rounding_with(options.gram, evidence))
             return
         if not isinstance(options, Int8Options):
             raise PassError(f"this choice at {choice.site.key!r} was not made by quantize")
@@ -280,7 +291,7 @@ class Quantize(Pass):
         value = rewriter.value(term.subject)
         blocked = next((form for form in self._forms() if form.name == term.kind), None)
         if blocked is not None:
-            _blocked.simulate(value, rewriter, target, blocked, switch)
+            _blocked.simulate(value, rewriter, target, blocked, switch, evidence if self.feedback else None)
         elif term.kind == "weight":
             _weight_storage.simulate(value, rewriter, options.weights, switch)
         elif term.kind == "dynamic":
