@@ -304,13 +304,27 @@ class Chain:
         known = self._rewriter.find(name) if self._shared else None
         if known is not None:
             return known
-        stored = self._rewriter.constant(_digits(bits) << shift, f"{name}_bytes", like=self._first)
-        made = self._rewriter.insert(
-            "Cast", [stored], {"to": int(ir.DataType.INT32)}, before=self._first, dtype=ir.DataType.INT32
-        )[0]
+        whole = ir.DataType.INT32
+        if bits > 2:
+            stored = self._rewriter.constant(_digits(bits) << shift, f"{name}_bytes", like=self._first)
+            made = self._plain("Cast", [stored], {"to": int(whole)})
+        else:  # a table of 2 KiB would be much of a small file
+            stored = self.known(np.arange(256, dtype=np.uint8)[:, None], f"{_DIGITS}_of")
+            made = self._plain("Cast", [stored], {"to": int(whole)})
+            powers = (1 << (bits * np.arange(8 // bits - 1, -1, -1))).astype(np.int32)
+            made = self._plain("Div", [made, self.known(powers, f"{_DIGITS}_{bits}_powers")])
+            made = self._plain("Mod", [made, self.known(np.array(1 << bits, np.int32), f"{_DIGITS}_{bits}_many")])
+            if shift:
+                made = self._plain(
+                    "Mul", [made, self.known(np.array(1 << shift, np.int32), f"{_DIGITS}_times_{1 << shift}")]
+                )
         if self._shared:
             self._rewriter.rename(made, name)
         return made
+
+    def _plain(self, op: str, inputs: list[ir.Value | None], attributes: dict[str, int] | None = None) -> ir.Value:
+        """A node that belongs to no weight in particular."""
+        return self._rewriter.insert(op, inputs, attributes, before=self._first, dtype=ir.DataType.INT32)[0]
 
     def finished(
         self,

@@ -195,7 +195,7 @@ def test_the_size_that_is_said_is_about_the_size_in_the_file(entries: int) -> No
     shared = 256 * 12 + 64  # tables of digits and shapes
     assert arrays <= weight_bytes(model) <= arrays + shared
     unpacking = len(list(model.graph)) - 1
-    assert unpacking <= code.nodes + 3
+    assert unpacking <= code.nodes + 8  # tables of digits are shared, and cost up to four nodes each
 
 
 def test_two_weights_share_the_tables_of_digits() -> None:
@@ -210,7 +210,8 @@ def test_two_weights_share_the_tables_of_digits() -> None:
     rewriter.drop_unused_weights()
     rewriter.sort()
     check(model)
-    assert sum(n.startswith("onnxcompress_digits") and n.endswith("bytes") for n in model.graph.initializers) == 2
+    assert sum(str(n.outputs[0].name).startswith("onnxcompress_digits") for n in model.graph) == 2
+    assert sum(n.startswith("onnxcompress_digits_of") for n in model.graph.initializers) == 1
     expected = codes["v"].decoded() + codes["w"].decoded()
     np.testing.assert_array_equal(run(model, {"x": np.arange(8)})["y"], expected)
 
