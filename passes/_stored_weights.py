@@ -48,20 +48,30 @@ class Weight:
 
     def scale_of(self, value: ir.Value) -> npt.NDArray[np.float32]:
         """What int8 weights are multiplied with, broadcast to them; 1 where that is not known."""
+        found = self._dequantized_by(value, 1)
+        return np.ones((1,) * len(self.linear.shape), np.float32) if found is None else found
+
+    def zero_of(self, value: ir.Value) -> npt.NDArray[np.float32]:
+        """What is taken off int8 weights first, broadcast to them; 0 where that is not known."""
+        found = self._dequantized_by(value, 2)
+        return np.zeros((1,) * len(self.linear.shape), np.float32) if found is None else found
+
+    def _dequantized_by(self, value: ir.Value, index: int) -> npt.NDArray[np.float32] | None:
+        """An input of the DequantizeLinear behind a weight, broadcast to that."""
         shape = self.linear.shape
         for use in value.uses():
-            if use.node.op_type != "DequantizeLinear" or use.idx != 0:
+            if use.node.op_type != "DequantizeLinear" or use.idx != 0 or index >= len(use.node.inputs):
                 continue
-            scale = use.node.inputs[1]
-            if scale is None or scale.const_value is None:
+            read = use.node.inputs[index]
+            if read is None or read.const_value is None:
                 continue
-            found = np.asarray(scale.const_value.numpy(), np.float32)
+            found = np.asarray(read.const_value.numpy(), np.float32)
             if found.ndim == 0 or found.size == 1:
                 return np.full((1,) * len(shape), found.reshape(()), np.float32)
             axis = use.node.attributes.get_int("axis", 1) % len(shape)
             if found.ndim == 1 and found.size == shape[axis]:
                 return found.reshape([-1 if i == axis else 1 for i in range(len(shape))])
-        return np.ones((1,) * len(shape), np.float32)
+        return None
 
     def compressed(self, view: GraphView) -> int:
         """What it takes in a compressed file."""

@@ -272,7 +272,7 @@ class ShareWeights(Pass):
         read = value
         if weight.behind:  # what a DequantizeLinear makes of it, so that its readers need no second one
             read = rewriter.value(weight.behind)
-            array = np.asarray(array, np.float32) * weight.scale_of(value)
+            array = (np.asarray(array, np.float32) - weight.zero_of(value)) * weight.scale_of(value)
         uses = [(use.node, use.idx) for use in tuple(read.uses())]
         read_instead(read, array, rewriter, switch, at=uses)
         return True

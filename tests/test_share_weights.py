@@ -272,6 +272,19 @@ def test_a_price_is_what_is_built() -> None:
     assert prices.terms[choice.terms[0]] == pytest.approx(noise(model, built.model, feeds), rel=0.2)
 
 
+def test_a_price_knows_of_zero_points() -> None:
+    """Integers of others may not be about zero."""
+    body = "g (float[N,64] x) => (float[N,48] y) { d = DequantizeLinear (w, s, z)  y = MatMul (x, d) }"
+    integers = np.random.default_rng(0).integers(-20, 120, (64, 48)).astype(np.int8)
+    zeros, scales = np.arange(30, 78, dtype=np.int8), np.linspace(0.01, 0.02, 48, dtype=np.float32)
+    model, feeds = matrix_net(body, {"w": integers, "s": scales, "z": zeros})
+    pass_ = ShareWeights(bits=3, method="plain")
+    (choice,) = offered(pass_, model)["w"]
+    prices = measure_prices(pass_, model, choice.terms, Evidence(), TARGET, feeds, ["y"], budget=1e-9)
+    built = build(model, pass_, [choice], Evidence())
+    assert prices.terms[choice.terms[0]] == pytest.approx(noise(model, built.model, feeds), rel=0.2)
+
+
 # --- what it refuses ---------------------------------------------------------------------------
 
 
