@@ -7,7 +7,8 @@ How weights are stored is asked last, when it is settled what they are: floats o
 constants, and a runtime that folds constants computes them once, at load (:mod:`~onnxcompress.passes._codes`). The file
 shrinks; latency and memory are those of the plain weights, and loading takes longer.
 
-Weights are fitted to what calibration saw of what they meet (:mod:`~onnxcompress.passes._coding`).
+Weights are fitted to what calibration saw of what they meet (:mod:`~onnxcompress.passes._coding`). Where many are zero,
+as behind ``prune_connections``, zeros stay zero and take one bit (:mod:`~onnxcompress.passes._sparse_code`).
 """
 
 from __future__ import annotations
