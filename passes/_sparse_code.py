@@ -25,7 +25,9 @@ _NODES = 7
 """More than a palette has."""
 MASK_NODES = 90 * _NODES
 """Bytes they take in a file."""
-_LEAST = MASK_NODES + 400
+_ONCE = 700
+"""Bytes of the table of the mask's digits, that all weights of a model share."""
+_LEAST = MASK_NODES + _ONCE + 324
 """Bytes that a mask has to save."""
 
 
@@ -118,4 +120,4 @@ def smallest(
     renumbered = (np.cumsum(other) - 1)[flat[kept]]
     values = packed(renumbered, codebook[other], None, Layout((count,), (count,)))
     sparse = Sparse(np.packbits(kept), values, scales, layout)
-    return sparse if sparse.bytes < dense.bytes else dense
+    return sparse if sparse.bytes + _ONCE < dense.bytes else dense

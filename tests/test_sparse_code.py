@@ -225,7 +225,7 @@ def test_vectors_of_a_weight_with_zeros_are_vectors_like_others() -> None:
 
 
 def test_behind_a_mask_the_codebook_has_all_its_entries_for_what_is_not_zero() -> None:
-    array = pruned(4, 0.7, 128, 256)
+    array = pruned(4, 0.7, 256, 256)
     code = coded(subject(array, known=False), Coding(2)).code
     assert isinstance(code, Sparse)
     assert np.unique(code.values.decoded()).size == 4
