@@ -31,6 +31,8 @@ _MANY = 8
 _NO_PLAN = Plan({}, 0.0, 0.0, 0.0)
 _FAR_OFF = 3.0
 """Real noise this many times the summed prices means the prices were taken on too few samples."""
+_FAR = 4.0
+"""Plans this many times as noisy as would do where only noise counts are far from it."""
 _LEAST_SLOPE = 0.3
 _AIM, _USED_UP = 0.95, 0.85
 """Share of the budget that the next plan aims at, and that counts as used up."""
@@ -206,8 +208,8 @@ class Search:
         self.failed.append((plan.price, real))
         if holds > 0:
             return self._between(holds, fails)
-        if not self.by_noise:
-            return fails / 4
+        if not self.by_noise:  # what a metric stands is not known: first what noise would, then by large steps
+            return self.noise if fails > _FAR * self.noise else fails / 4
         factor = self.noise / real if 0 < real < math.inf else 0.1
         return min(0.5 * fails, 0.9 * plan.price * math.pow(factor, 1 / self._slope()))
 

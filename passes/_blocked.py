@@ -13,20 +13,18 @@ Four bits are rounded with feedback, to what calibration saw the product read; 8
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from weakref import ref
 
 import onnx_ir as ir
 
 from onnxcompress.base import Choice, Site, Skip, Term
 from onnxcompress.passes import _dynamic, _weight_storage
 from onnxcompress.passes._blocks import Blocks, Feedback, Floats, Form, Rounding, pack, rounded
-from onnxcompress.passes._int8 import WeightOptions, calibrated_name, gate, remembered
+from onnxcompress.passes._int8 import WeightOptions, calibrated_name, gate, remembered, remembered_for
 from onnxcompress.passes._linear_maps import MOST_FEATURES
 from onnxcompress.rewrite import Rewriter
-from onnxcompress.statistics import Evidence, Need, SecondMoments, Statistic
+from onnxcompress.statistics import Evidence, Need, Statistic
 from onnxcompress.target import Target
 from onnxcompress.view import GraphView
 
@@ -223,22 +221,10 @@ def _stored(weight: Weight, form: Form, rounding: Rounding) -> Blocks:
     make = partial(_blocks, form=form, turn=not weight.outputs_first, rounding=rounding)
     key = f"onnxcompress.blocked.{form}.{weight.outputs_first}"
     if isinstance(rounding, Feedback):
-        return _remembered_for(weight.tensor, f"{key}.feedback", make, rounding.moments)
+        return remembered_for(weight.tensor, f"{key}.feedback", rounding.moments, make)
     if rounding is not rounded:  # what it looks at is not only the weight
         return make(weight.tensor.numpy())
     return remembered(weight.tensor, key, make)
-
-
-def _remembered_for(
-    tensor: ir.TensorProtocol, key: str, make: Callable[[Floats], Blocks], moments: SecondMoments
-) -> Blocks:
-    """As :func:`remembered`, of the last moments only: others make other integers."""
-    known = tensor.meta.get(key)
-    if known is None or known[0]() is not moments:
-        known = ref(moments), make(tensor.numpy())
-        tensor.meta[key] = known
-    found: Blocks = known[1]
-    return found
 
 
 def _blocks(array: Floats, *, form: Form, turn: bool, rounding: Rounding) -> Blocks:

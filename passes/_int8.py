@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from weakref import ref
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,7 @@ __all__ = [
     "quantize_tensor",
     "quantize_weight",
     "remembered",
+    "remembered_for",
     "weight_indices",
 ]
 
@@ -146,6 +148,18 @@ def remembered(tensor: ir.TensorProtocol, key: str, make: Callable[[npt.NDArray[
             with contextlib.suppress(BufferError):  # somebody else is reading it: it stays mapped
                 tensor.release()
     made: _Made = tensor.meta[key]
+    return made
+
+
+def remembered_for(
+    tensor: ir.TensorProtocol, key: str, about: object, make: Callable[[npt.NDArray[Any]], _Made]
+) -> _Made:
+    """As :func:`remembered`, of what was made with one thing last: another one makes it anew."""
+    known = tensor.meta.get(key)
+    if known is None or known[0]() is not about:
+        known = ref(about), make(tensor.numpy())
+        tensor.meta[key] = known
+    made: _Made = known[1]
     return made
 
 

@@ -36,6 +36,7 @@ class Weight:
         integers: it is int8.
         behind: name of what a DequantizeLinear makes of it; "" if there is none.
         zeros: share of its elements that are zero.
+        looked_up: rows of it are read by Gather.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Weight:
     integers: bool = False
     behind: str = ""
     zeros: float = 0.0
+    looked_up: bool = False
 
     def scale_of(self, value: ir.Value) -> npt.NDArray[np.float32]:
         """What int8 weights are multiplied with, broadcast to them; 1 where that is not known."""
@@ -132,7 +134,8 @@ def _weight(value: ir.Value, shape: tuple[int, ...], view: GraphView) -> Weight:
     names = tuple(dict.fromkeys(str(node.name) for node, _ in uses))
     size = math.prod(shape) * (1 if integers else 4)
     zeros = 0.0 if tensor is None else float(np.mean(tensor.numpy() == 0))
-    return Weight(str(value.name), names, linear, size, integers, behind, zeros)
+    looked_up = any(node.op_type == "Gather" and index == 0 for node, index in uses)
+    return Weight(str(value.name), names, linear, size, integers, behind, zeros, looked_up)
 
 
 def _map(node: ir.Node, index: int, shape: tuple[int, ...], view: GraphView) -> LinearMap | None:

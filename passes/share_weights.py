@@ -20,13 +20,16 @@ from enum import StrEnum
 from typing import ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 from threadpoolctl import threadpool_limits
 
 from onnxcompress.base import Choice, Pass, Site, Skip, Skipped, Stage, Term
 from onnxcompress.errors import PassError, PassOptionError, suggest
+from onnxcompress.passes._codes import Code
 from onnxcompress.passes._coding import Coding, Fitted, Subject, coded, estimated_bytes, fits, previews
 from onnxcompress.passes._constant_sum import absorb
+from onnxcompress.passes._int8 import remembered, remembered_for
 from onnxcompress.passes._linear_maps import Moments
 from onnxcompress.passes._readers import bias_place
 from onnxcompress.passes._stored_weights import Weight, stored_weights
@@ -249,27 +252,22 @@ class ShareWeights(Pass):
         readers = [use.node for use in value.uses()]
         if not readers or value.const_value is None:
             raise Skip("nothing reads it any more")
-        moments, biased = _moments(readers, weight, coding, evidence)
-        with threadpool_limits(1, "blas"):
-            subject = _subject(value, weight, moments)
-            fitted = coded(subject, coding)
+        code, shift = _coded(value, weight, coding, evidence)
         graph = value.graph
         like = readers[0] if not isinstance(graph, ir.Graph) else graph[0]
-        made = fitted.code.write(choice.site.key, like, rewriter)
+        made = code.write(choice.site.key, like, rewriter)
         rewriter.replace_uses(value, made)
         rewriter.drop_unused_weights()
-        if biased and moments is not None:
-            _shift_bias(readers[0], subject, fitted, moments, rewriter)
+        place = bias_place(readers[0])
+        if shift is not None and place is not None and shift.any():
+            absorb(rewriter, place, shift, -1)
 
     def simulate(self, term: Term, rewriter: Rewriter, evidence: Evidence, target: Target, switch: ir.Value) -> bool:
         if not isinstance(term, _Loss) or term.coding is None or term.weight is None:
             return False
         weight = term.weight
         value = rewriter.value(weight.name)
-        readers = [use.node for use in value.uses()]
-        moments, _ = _moments(readers, weight, term.coding, evidence)
-        with threadpool_limits(1, "blas"):
-            array = coded(_subject(value, weight, moments), term.coding).code.decoded()
+        array = _coded(value, weight, term.coding, evidence)[0].decoded()
         read = value
         if weight.behind:  # what a DequantizeLinear makes of it, so that its readers need no second one
             read = rewriter.value(weight.behind)
@@ -302,25 +300,46 @@ def _subject(value: ir.Value, weight: Weight, moments: tuple[Moments, ...] | Non
     return Subject(array, weight.linear, moments, weight.scale_of(value) if weight.integers else None)
 
 
-def _moments(
-    readers: Sequence[ir.Node], weight: Weight, coding: Coding, evidence: Evidence
-) -> tuple[tuple[Moments, ...] | None, bool]:
-    """Of what a weight meets, where it is to be fitted to that; whether around their mean, for a bias takes that up."""
+def _coded(
+    value: ir.Value, weight: Weight, coding: Coding, evidence: Evidence
+) -> tuple[Code, npt.NDArray[np.float64] | None]:
+    """What to store for a weight, and what its reader's bias has to take up; remembered, for plans repeat.
+
+    A bias takes up the mean of what is lost, so that only what happens around the mean counts. Rows of a table that is
+    looked up count by themselves, too, as much as what a product makes of them.
+    """
+    need, tensor = weight.linear.gram, value.const_value
+    if tensor is None:
+        raise PassError(f"{value.name!r} is not a weight")
     seen = weight.linear.moments(evidence) if coding.feedback else None
-    if seen is None or weight.integers or len(readers) != 1 or bias_place(readers[0]) is None:
-        return seen, False
-    return tuple(Moments(m.matrix - np.outer(m.mean, m.mean), m.mean) for m in seen), True
+    readers = [use.node for use in value.uses()]
+    biased = seen is not None and not weight.integers and len(readers) == 1 and bias_place(readers[0]) is not None
+
+    def make(_: object) -> tuple[Code, npt.NDArray[np.float64] | None]:
+        moments = seen
+        if moments is not None and biased:
+            moments = tuple(Moments(m.matrix - np.outer(m.mean, m.mean), m.mean) for m in moments)
+        elif moments is not None and weight.looked_up:
+            moments = tuple(_with_lookups(m) for m in moments)
+        with threadpool_limits(1, "blas"):
+            subject = _subject(value, weight, moments)
+            fitted = coded(subject, coding)
+        return fitted.code, _shift(subject, fitted, moments) if biased and moments is not None else None
+
+    key = f"onnxcompress.shared.{coding!r}.{biased}"
+    if seen is None or need is None:
+        return remembered(tensor, key + ".plain", make)
+    return remembered_for(tensor, key, evidence.second_moments(need), make)
 
 
-def _shift_bias(
-    node: ir.Node, subject: Subject, fitted: Fitted, moments: Sequence[Moments], rewriter: Rewriter
-) -> None:
-    """Puts (W - W') E[x] into the bias."""
-    place = bias_place(node)
-    if place is None:
-        raise PassError(f"{node.name!r} has no bias any more")
+def _with_lookups(moments: Moments) -> Moments:
+    size = float(np.trace(moments.matrix)) / len(moments.matrix)
+    return Moments(moments.matrix / max(size, 1e-300) + np.eye(len(moments.matrix)), moments.mean)
+
+
+def _shift(subject: Subject, fitted: Fitted, moments: Sequence[Moments]) -> npt.NDArray[np.float64]:
+    """(W - W') E[x], by output."""
     error = subject.maps() - fitted.values
     shift = np.einsum("grn,gn->gr", error, np.stack([m.mean for m in moments]))
-    shift = shift.reshape(subject.linear.permuted[0] * subject.linear.permuted[1], -1).sum(1)
-    if shift.any():
-        absorb(rewriter, place, shift, -1)
+    groups, outputs = subject.linear.permuted[:2]
+    return np.asarray(shift.reshape(groups * outputs, -1).sum(1), np.float64)
