@@ -20,10 +20,11 @@ import numpy as np
 import numpy.typing as npt
 from scipy.spatial import cKDTree
 
-from onnxcompress.passes._codebook import nearest, scalar_codebook, vector_codebook
+from onnxcompress.passes._codebook import edges_of, even_codebook, scalar_codebook, vector_codebook
 from onnxcompress.passes._codes import Code, Half, Layout, Scaled, packed
 from onnxcompress.passes._feedback import lost, rounded
 from onnxcompress.passes._linear_maps import LinearMap, Moments
+from onnxcompress.passes._row_scales import Scales, blocks_of
 from onnxcompress.passes._sparse_code import MASK_NODES, pays, smallest
 
 __all__ = ["Coding", "Fitted", "Subject", "coded", "estimated_bytes", "fits", "previews"]
@@ -37,7 +38,6 @@ _VECTOR_GAIN = {2: 0.81, 4: 0.7, 8: 0.65}
 _MOST_SUMS = 4e10
 """Multiplications above which a codebook is not refitted."""
 _REFITS = 2
-_ENTROPY_STEPS = 4
 _MANY_ZEROS = 0.2
 """Share of zeros above which they are kept: somebody has put them there."""
 
@@ -124,12 +124,6 @@ class Fitted:
     values: Array
 
 
-def blocks_of(linear: LinearMap, block: int) -> int:
-    """Channels that share a scale: all, or the largest block that fits, at most as large as asked for."""
-    channels = linear.permuted[-1]
-    return math.gcd(channels, block) if block else channels
-
-
 def estimated_bytes(linear: LinearMap, coding: Coding, *, integers: bool = False, zeros: float = 0.0) -> int:
     """What a weight will take in the file.
 
@@ -202,9 +196,11 @@ def previews(subject: Subject, codings: Sequence[Coding]) -> list[tuple[float, f
             continue
         entries = round(2**coding.bits)
         book = (
-            _even(values, np.ones_like(values), entries) if coding.uniform else scalar_codebook(values, None, entries)
+            even_codebook(values, np.ones_like(values), entries)
+            if coding.uniform
+            else scalar_codebook(values, None, entries)
         )
-        indices = np.searchsorted(_edges(book, values, coding.rate), values)
+        indices = np.searchsorted(edges_of(book, values, coding.rate), values)
         counts = np.bincount(indices.ravel(), minlength=len(book))
         chance = counts[counts > 0] / counts.sum()
         share = float(((book[indices] - values) ** 2).mean()) * _VECTOR_GAIN.get(coding.width, 1.0)
@@ -214,28 +210,9 @@ def previews(subject: Subject, codings: Sequence[Coding]) -> list[tuple[float, f
     return found
 
 
-def _edges(book: Array, values: Array, rate: float) -> Array:
-    """Where one entry of a sorted codebook ends and the next begins, when short indices are worth some error.
-
-    An entry of chance p takes -log2 p bits. The border between neighbours is where (w - c)^2 + L bits is equal, with L
-    in proportion to the mean square error (entropy-constrained quantization, Chou, Lookabaugh and Gray 1989).
-    """
-    edges = (book[1:] + book[:-1]) / 2
-    if not rate or len(book) < 3:
-        return edges
-    flat = values.ravel()[:: max(1, values.size // _SAMPLE)]
-    worth = rate * float(((book[np.searchsorted(edges, flat)] - flat) ** 2).mean())
-    middles = edges
-    for _ in range(_ENTROPY_STEPS):
-        counts = np.bincount(np.searchsorted(edges, flat), minlength=len(book)) + 0.5
-        bits = -np.log2(counts / counts.sum())
-        edges = np.maximum.accumulate(middles + worth * np.diff(bits) / (2 * np.maximum(np.diff(book), 1e-30)))
-    return edges
-
-
 def _eight(subject: Subject, coding: Coding, maps: Array) -> Fitted:
     linear = subject.linear
-    scales = _Scales(linear, coding.block, np.abs(maps), reduce="max").divided(127)
+    scales = Scales(linear, coding.block, np.abs(maps), reduce="max").divided(127)
     full = scales.full
     integers = np.clip(np.rint(maps / full), -127, 127)
     values = integers * full
@@ -244,73 +221,18 @@ def _eight(subject: Subject, coding: Coding, maps: Array) -> Fitted:
     return Fitted(code, _lost(maps, values, subject.moments), values)
 
 
-class _Scales:
-    """Scales of the rows of maps, or of blocks of their channels."""
-
-    def __init__(self, linear: LinearMap, block: int, sizes: Array, reduce: str = "mean") -> None:
-        self.linear = linear
-        groups, outputs, taps, channels = linear.permuted
-        self.block = blocks_of(linear, block)
-        self._parts = (groups, outputs, taps, channels // self.block, self.block)
-        by_part = sizes.reshape(self._parts)
-        found = by_part.max((2, 4), keepdims=True) if reduce == "max" else by_part.mean((2, 4), keepdims=True)
-        if reduce == "mean":
-            found = np.sqrt(found)
-        self.values = np.where(found > 0, found, 1.0)  # (groups, outputs, 1, blocks, 1)
-
-    def divided(self, by: float) -> _Scales:
-        self.values = (self.values / by).astype(np.float32).astype(np.float64)
-        return self
-
-    @property
-    def full(self) -> Array:
-        """As large as the maps."""
-        groups, outputs, taps, channels = self.linear.permuted
-        whole = np.broadcast_to(self.values, self._parts)
-        if self.linear.rows == 1:
-            return whole.reshape(groups, outputs, taps * channels)
-        return whole.reshape(groups, outputs * taps, channels)
-
-    @property
-    def layout(self) -> Layout:
-        """Weights in the order of the tensor, its channels split where blocks are smaller."""
-        linear, blocks = self.linear, self._parts[3]
-        if blocks == 1:
-            return Layout(linear.shape, linear.split)
-        axis = linear.back.index(3)
-        return Layout(linear.shape, (*linear.split[:axis], blocks, self.block, *linear.split[axis + 1 :]))
-
-    @property
-    def stored(self) -> Array:
-        """In the order of the tensor."""
-        if self._parts[3] == 1:
-            return self.values[..., 0].transpose(self.linear.back)
-        order = [axis for i in self.linear.back for axis in ((3, 4) if i == 3 else (i,))]
-        return self.values.transpose(order)
-
-    @property
-    def vectors(self) -> tuple[Layout, Array]:
-        """Weights in the order of the maps, and the scales for that."""
-        linear = self.linear
-        if self._parts[3] == 1:
-            order = () if linear.back == (0, 1, 2, 3) else linear.back
-            return Layout(linear.shape, linear.permuted, order), self.values[..., 0]
-        order = tuple(axis for i in linear.back for axis in ((3, 4) if i == 3 else (i,)))
-        return Layout(linear.shape, self._parts, () if order == (0, 1, 2, 3, 4) else order), self.values
-
-
 class _Palette:
     """Codes one weight with a codebook."""
 
     def __init__(self, subject: Subject, coding: Coding, maps: Array) -> None:
         self._subject, self._coding, self._maps = subject, coding, maps
-        self._scales = _Scales(subject.linear, coding.block, maps**2)
+        self._scales = Scales(subject.linear, coding.block, maps**2)
         if subject.integers and subject.scales is not None:
             whole = np.broadcast_to(subject.scales, subject.linear.shape)
             self._full = subject.linear.maps(np.asarray(whole, np.float32))
         else:
             middle = float(np.median(self._scales.values))
-            self._scales.values = self._halved(self._scales.values / middle) * 1.0
+            self._scales.values = self._halved(self._scales.values / middle)
             self._full = self._scales.full
         self._moments = subject.moments
         self._grams = None if self._moments is None else [m.matrix for m in self._moments]
@@ -340,7 +262,7 @@ class _Palette:
             vectors = values.reshape(-1, coding.width)
             book = vector_codebook(vectors, weights.reshape(-1, coding.width).mean(1), coding.entries)
         elif coding.uniform:
-            book = _even(values, weights, self._entries)
+            book = even_codebook(values, weights, self._entries)
         else:
             book = scalar_codebook(values, weights, self._entries, keep_zero=self._zeros)
         if self._subject.integers:
@@ -365,7 +287,7 @@ class _Palette:
         normal = self._maps / self._full
         book = self._codebook(normal, self._weights())
         if self._coding.width == 1:
-            self._edges = _edges(book, normal, self._coding.rate)
+            self._edges = edges_of(book, normal, self._coding.rate)
         indices, values = self._rounded(book, normal)
         loss = _lost(self._maps, values, self._moments)
         if (self._grams is not None and not self._subject.integers and self._coding.feedback) or (
@@ -481,23 +403,6 @@ class _Palette:
 def factors_of(scales: Array, shape: tuple[int, ...]) -> Array:
     """Scales of whole rows, so that they broadcast to maps."""
     return scales.reshape(shape[0], shape[1], 1)
-
-
-def _even(values: Array, weights: Array, entries: int) -> Array:
-    """Evenly spaced entries, zero among them, whose spacing loses least."""
-    top = float(np.abs(values).max()) or 1.0
-    low, high = -(entries // 2), (entries - 1) // 2
-    if low == -high or entries % 2 == 0:
-        low = max(low, -high) if entries > 2 else low
-    levels = np.arange(low, high + 1, dtype=np.float64) if entries > 2 else np.array([-1.0, 1.0])
-    flat, mass = values.ravel()[:: max(1, values.size // _SAMPLE)], weights.ravel()[:: max(1, values.size // _SAMPLE)]
-    best, least = levels, math.inf
-    for share in np.geomspace(1.0, 0.15, 40):
-        book = levels * (share * top / max(high, 1))
-        error = float(((book[nearest(book, flat)] - flat) ** 2 * mass).sum())
-        if error < least:
-            best, least = book, error
-    return best
 
 
 def _lost(maps: Array, values: Array, moments: tuple[Moments, ...] | None) -> float:
