@@ -38,6 +38,9 @@ _VECTOR_GAIN = {2: 0.81, 4: 0.7, 8: 0.65}
 _MOST_SUMS = 4e10
 """Multiplications above which a codebook is not refitted."""
 _REFITS = 2
+_BY_LARGEST = 4
+"""Bits from which rows are divided by their largest weight, so that the codebook reaches it: what is cut off costs more
+than finer steps bring. With fewer bits, and no vectors, it is the other way round, and the root mean square divides."""
 _MANY_ZEROS = 0.2
 """Share of zeros above which they are kept: somebody has put them there."""
 
@@ -226,7 +229,9 @@ class _Palette:
 
     def __init__(self, subject: Subject, coding: Coding, maps: Array) -> None:
         self._subject, self._coding, self._maps = subject, coding, maps
-        self._scales = Scales(subject.linear, coding.block, maps**2)
+        largest = coding.bits >= _BY_LARGEST or coding.width > 1
+        sizes = np.abs(maps) if largest else maps**2
+        self._scales = Scales(subject.linear, coding.block, sizes, reduce="max" if largest else "mean")
         if subject.integers and subject.scales is not None:
             whole = np.broadcast_to(subject.scales, subject.linear.shape)
             self._full = subject.linear.maps(np.asarray(whole, np.float32))
