@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.linalg import lapack
 
+from onnxcompress.errors import PassError
+
 __all__ = ["lost", "rounded"]
 
 Array = npt.NDArray[np.float64]
@@ -80,13 +82,16 @@ def lost(weights: Array, values: Array, moments: Array | None) -> float:
 
 
 def _factor(moments: Array) -> Array:
-    """The upper Cholesky factor of the inverse, damped."""
-    damped = moments + np.eye(len(moments)) * max(_DAMPING * float(np.trace(moments)) / len(moments), 1e-300)
-    # of the matrix in reverse order: then the inverse of the factor, turned back, is the upper factor of the inverse
-    lower, info = lapack.dpotrf(damped[::-1, ::-1], lower=1)
-    if info:
-        return np.eye(len(moments))
-    inverse, info = lapack.dtrtri(lower, lower=1)
-    if info:
-        return np.eye(len(moments))
-    return np.ascontiguousarray(np.tril(inverse)[::-1, ::-1])
+    """The upper Cholesky factor of the inverse, damped; more than usual where rounding has left H indefinite."""
+    mean = max(float(np.trace(moments)) / len(moments), 1e-300)
+    damping = _DAMPING
+    while damping <= 1:
+        damped = moments + np.eye(len(moments)) * damping * mean
+        # of the matrix in reverse order: the inverse of that factor, turned back, is the upper one of the inverse
+        lower, failed = lapack.dpotrf(damped[::-1, ::-1], lower=1)
+        if not failed:
+            inverse, failed = lapack.dtrtri(lower, lower=1)
+            if not failed:
+                return np.ascontiguousarray(np.tril(inverse)[::-1, ::-1])
+        damping *= 10
+    raise PassError("the second moments of what a layer reads are not positive", hint="this is a bug; please report it")

@@ -113,7 +113,6 @@ def stored_weights(view: GraphView, least: int) -> tuple[Mapping[str, Weight], M
 
 
 def _weight(value: ir.Value, shape: tuple[int, ...], view: GraphView) -> Weight:
-    integers = view.dtype(value) == ir.DataType.INT8 if view.dtype(value) else False
     tensor = view.weight(value)
     integers = tensor is not None and tensor.dtype == ir.DataType.INT8
     uses = view.consumers(value)
