@@ -295,9 +295,8 @@ class _Palette:
             self._edges = edges_of(book, normal, self._coding.rate)
         indices, values = self._rounded(book, normal)
         loss = _lost(self._maps, values, self._moments)
-        if (self._grams is not None and not self._subject.integers and self._coding.feedback) or (
-            not self._subject.integers and not self._zeros
-        ):
+        fitted = self._grams is not None and self._coding.feedback
+        if not self._subject.integers and (fitted or not self._zeros):
             book, values, loss = self._refitted(book, indices, values, loss)
         return Fitted(self._code(indices, book), loss, values)
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import zstandard
 
-from onnxcompress.passes._linear_maps import LinearMap, linear_map
+from onnxcompress.passes._linear_maps import MOST_FEATURES, LinearMap, linear_map
 from onnxcompress.sizes import ZSTD_LEVEL
 from onnxcompress.statistics import Need, Statistic
 from onnxcompress.view import GraphView
@@ -20,8 +20,6 @@ __all__ = ["Weight", "stored_weights"]
 
 _TYPES = (ir.DataType.FLOAT, ir.DataType.INT8)
 _PRODUCTS = ("MatMulInteger", "DynamicQuantizeMatMul")
-_MOST = 6144
-"""Features above which second moments would take too much memory."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +152,6 @@ def _map(node: ir.Node, index: int, shape: tuple[int, ...], view: GraphView) -> 
 
 
 def _gram(value: ir.Value | None, features: int, view: GraphView) -> Need | None:
-    known = value is not None and value.name and not value.is_initializer() and features <= _MOST
+    known = value is not None and value.name and not value.is_initializer() and features <= MOST_FEATURES
     inside = value is not None and (p := value.producer()) is not None and view.in_subgraph(p)
     return Need(str(value.name), Statistic.GRAM, -1) if known and not inside and value is not None else None
